@@ -1,0 +1,46 @@
+# Everything sets itself up: `make demo` and `make test` create the virtual environment they need and do nothing
+# where nothing changed. Variables: PYTHON (3.11 or 3.12), VENV, DALI (cuda13 or cuda12), WORKSPACE (of the demo).
+PYTHON ?= python3
+VENV ?= .venv
+DALI ?= cuda13
+WORKSPACE ?= demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check format setup clean
+
+demo: $(VENV)/.runtime
+	@$(BIN)/svitt demo --workspace $(WORKSPACE)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.runtime
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else f"{sys.executable} is Python {v[0]}.{v[1]}; this project runs on 3.11 and 3.12: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "The Python module venv is missing: install it (Debian, Ubuntu: apt-get install python3-venv), then run make again."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp file per set of packages: newer than what it was made from means nothing is to be done.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing the pinned packages into $(VENV) (about 3 GB, once) ..."
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(DALI)]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(DALI),dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(WORKSPACE) *.egg-info
