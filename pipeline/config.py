@@ -1,0 +1,95 @@
+"""Settings of the data side: what is generated, cut, stored and loaded.
+
+Frozen pydantic models; an unknown key or a wrong type is refused. Imports neither a decoder nor torch.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class WorldConfig(BaseModel):
+    """The generated egocentric world."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(default=0, ge=0, description="decides every script, picture and identifier")
+    num_train_videos: int = Field(default=36, ge=1, description="videos for training")
+    num_heldout_videos: int = Field(
+        default=14, ge=0, description="videos whose clips are only used for EgoMCQ"
+    )
+    video_s: tuple[float, float] = Field(
+        default=(36.0, 54.0), description="shortest and longest video, seconds"
+    )
+
+    @field_validator("video_s")
+    @classmethod
+    def _video_s_is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        shortest_s, longest_s = value
+        if not 4.0 <= shortest_s <= longest_s:
+            raise ValueError(
+                f"video_s is [{shortest_s}, {longest_s}], expected 4 <= shortest <= longest, "
+                "so that a video holds at least two actions"
+            )
+        return value
+
+
+class ClipRuleConfig(BaseModel):
+    """The EgoClip rule clip(t) = t -+ b / (2a) and its open decisions (arXiv 2206.01670, section 3.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean_gap_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="a: mean gap over all videos, seconds; EgoClip uses 4.9; empty = computed",
+    )
+    per_pass: bool = Field(
+        default=True, description="b from the gaps of one annotation pass; false = both passes together"
+    )
+    min_clip_s: float = Field(
+        default=0.0, ge=0, description="clips shorter than this after clamping are dropped and counted"
+    )
+
+
+class PrepareConfig(BaseModel):
+    """How clips are cut from videos and stored. Every field but the budget changes the shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_frames: int = Field(
+        16, ge=1, le=99, description="JPEG frames stored per clip; at least the longest stage"
+    )
+    short_side: int = Field(256, ge=16, description="short side of a stored frame in pixels; never enlarged")
+    jpeg_quality: int = Field(90, ge=1, le=100)
+    clips_per_shard: int = Field(256, ge=1)
+    layout: Literal["raw", "egovlp_600s", "lavila_300s", "avion_15s"] = Field(
+        "raw", description="how video files lie in their folder; never guessed"
+    )
+    max_rejected_share: float = Field(
+        0.01, ge=0.0, le=1.0, description="above it prepare stops with the list"
+    )
+    decoder: Literal["pyav", "dali_gpu"] = Field(
+        "pyav", description="pyav runs on the CPU, dali_gpu on NVDEC"
+    )
+
+
+class LoaderConfig(BaseModel):
+    """How stored clips become batches. Nothing here depends on the number of ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(224, ge=16, description="height and width of a training frame in pixels")
+    crop_scale: tuple[float, float] = Field((0.5, 1.0), description="share of the frame area a crop covers")
+    text_length: int = Field(32, ge=4, description="tokens per caption, [CLS] and padding included")
+    prefetch_batches: int = Field(2, ge=1, description="batches decoded ahead of the training step")
+    num_threads: int = Field(1, ge=1, description="decoding threads per rank")
+    shuffle_window_shards: int = Field(8, ge=1, description="shards read together; clips are shuffled inside")
+    device: Literal["cpu", "gpu"] = Field("cpu", description="where JPEG frames are decoded and resized")
+
+    @model_validator(mode="after")
+    def _check_crop_scale(self) -> "LoaderConfig":
+        low, high = self.crop_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"crop_scale is {self.crop_scale}; expected 0 < low <= high <= 1")
+        return self
