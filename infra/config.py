@@ -1,4 +1,4 @@
-"""Settings of the cluster, the engine, checkpoints and tracking. Imports pydantic only: reading stays cheap."""
+"""Settings of cluster, engine, checkpoints and tracking. Imports pydantic only, so reading stays cheap."""
 
 from typing import Literal, Self
 

@@ -1,0 +1,200 @@
+"""A Ray cluster, owned and local or somebody else's, and tasks over it.
+
+Jobs stand in ray_jobs, training in ray_train. A local cluster belongs to the process that opened it and dies
+with it, even by SIGKILL. Its dashboard listens on loopback; other Ray clusters of the machine are left alone.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from infra.ray_jobs import ClusterError, Jobs
+from infra.runtime import environment
+
+logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+# Read by the processes of an owned cluster only. Without the first, Ray's agents outlive a killed cluster by
+# a minute: they try to report the death to a head that is gone.
+_LOCAL_ENVIRONMENT = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_ADDRESS": None,
+    "RAY_API_SERVER_ADDRESS": None,
+}
+
+
+class TaskError(ClusterError):
+    """A task that failed for good. `item` is what it was given; the cause is what it raised."""
+
+    def __init__(self, item: object, message: str) -> None:
+        self.item = item
+        super().__init__(message)
+
+
+class Cluster:
+    """An open connection: `jobs` for submitted jobs, `map_tasks` for work spread over the cluster."""
+
+    def __init__(self, url: str | None, is_owned: bool, is_connected: bool) -> None:
+        self.url = url
+        self.is_owned = is_owned
+        self._is_connected = is_connected
+        self._jobs: Jobs | None = None
+
+    @property
+    def jobs(self) -> Jobs:
+        if self.url is None:
+            raise ClusterError("this Ray cluster has no dashboard, so it takes no jobs; start it with one")
+        if self._jobs is None:
+            self._jobs = Jobs(self.url)
+        return self._jobs
+
+    def map_tasks(
+        self,
+        fn: Callable[[ItemT], ResultT],
+        items: Sequence[ItemT],
+        num_cpus: float = 1,
+        max_in_flight: int | None = None,
+        max_retries: int = 3,
+        describe: Callable[[ItemT], str] = repr,
+    ) -> Iterator[tuple[int, ResultT]]:
+        """Run `fn(item)` for every item on the cluster; yield (index, result) in order of completion.
+
+        At most `max_in_flight` tasks exist at a time (default: twice what the cluster's CPUs can run). A task
+        whose process dies is repeated `max_retries` times; an exception of `fn` is not repeated. The first
+        failure cancels the rest and raises TaskError naming the item (`describe(item)`).
+        """
+        if not self._is_connected:
+            raise ClusterError(
+                f"tasks start only from inside the cluster at {self.url}: submit this command as a job"
+            )
+        if max_in_flight is None:
+            max_in_flight = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / max(num_cpus, 1e-3)))
+        task = ray.remote(fn).options(num_cpus=num_cpus, max_retries=max_retries, retry_exceptions=False)
+        waiting = iter(enumerate(items))
+        running: dict[Any, int] = {}
+        try:
+            while True:
+                while len(running) < max_in_flight and (following := next(waiting, None)) is not None:
+                    index, item = following
+                    running[task.remote(item)] = index
+                if not running:
+                    return
+                finished, _ = ray.wait(list(running), num_returns=1)
+                for reference in finished:
+                    index = running.pop(reference)
+                    yield index, _result(reference, items[index], describe)
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+
+@contextlib.contextmanager
+def open_cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator[Cluster]:
+    """Open a cluster for the duration of a `with` block.
+
+    `address` None starts a local Ray owned by this process (`num_cpus` CPUs, default all) and stops it at the
+    end; "auto" joins the cluster this process runs in (as a job does); http://host:8265 reaches the jobs of
+    one elsewhere. Call `runtime.prepare_process()` before. Raises ClusterError.
+    """
+    if address is None:
+        with _local_cluster(num_cpus) as cluster:
+            yield cluster
+    elif address.startswith(("http://", "https://")):
+        yield Cluster(address.rstrip("/"), is_owned=False, is_connected=False)
+    else:
+        with _joined_cluster(address) as cluster:
+            yield cluster
+
+
+@contextlib.contextmanager
+def _joined_cluster(address: str) -> Iterator[Cluster]:
+    if ray.is_initialized():
+        yield Cluster(_dashboard_url(), is_owned=False, is_connected=True)
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"joining the Ray cluster at {address!r} failed: {error}. Give http://host:8265, run this on "
+            "a node of the cluster, or leave the address out to start a local one."
+        ) from error
+    try:
+        yield Cluster(_dashboard_url(), is_owned=False, is_connected=True)
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
+    if ray.is_initialized():
+        raise ClusterError("this process is connected to Ray already; open one cluster at a time")
+    temp_dir = Path(tempfile.gettempdir()) / f"svitt-ray-{os.getuid()}"
+    temp_dir.mkdir(mode=0o700, exist_ok=True)
+    _remove_old_sessions(temp_dir)
+    try:
+        with environment(_LOCAL_ENVIRONMENT):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=256 * 2**20,
+                _temp_dir=str(temp_dir),
+                _node_ip_address="127.0.0.1",
+            )
+    except Exception as error:  # Ray raises plain Exception, RuntimeError, ValueError, TimeoutError here
+        ray.shutdown()
+        raise ClusterError(f"starting a local Ray failed: {error}. Its logs are in {temp_dir}") from error
+    try:
+        _protect_token()
+        yield Cluster(_dashboard_url(), is_owned=True, is_connected=True)
+    finally:
+        ray.shutdown()
+
+
+def _result(reference: Any, item: ItemT, describe: Callable[[ItemT], str]) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause if isinstance(getattr(error, "cause", None), BaseException) else error
+        raise TaskError(item, f"{describe(item)}: {type(cause).__name__}: {cause}") from cause
+    except RayError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise TaskError(item, f"{describe(item)}: its process died again and again: {first_line}") from error
+
+
+def _dashboard_url() -> str | None:
+    host_port = ray._private.worker._global_node.webui_url  # type: ignore[attr-defined]  # no public name for it
+    return f"http://{host_port}" if host_port else None
+
+
+def _protect_token() -> None:
+    """Ray writes its token readable by everyone; take that back."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+
+
+def _remove_old_sessions(temp_dir: Path, keep: int = 3) -> None:
+    """Delete logs of earlier local clusters except the newest few; session_<date>_<pid> names the owner."""
+    sessions = sorted(p for p in temp_dir.glob("session_*_*") if p.is_dir() and not p.is_symlink())
+    for session in sessions[:-keep]:
+        owner = session.name.rpartition("_")[2]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(session, ignore_errors=True)

@@ -1,0 +1,181 @@
+"""Ray jobs over HTTP: submit once, wait, stop, read logs. Stages are chained by the caller, not here."""
+
+import asyncio
+import contextlib
+import logging
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import requests
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from infra.runtime import environment
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 30
+_LONGEST_SILENCE_S = 60.0
+
+
+class ClusterError(Exception):
+    """A cluster that cannot be started, reached or used."""
+
+
+class JobError(ClusterError):
+    """A request about one job that cannot be answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """What the cluster says of a job. `status`: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+
+    submission_id: str
+    status: str
+    message: str
+    exit_code: int | None
+    is_new: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return JobStatus(self.status).is_terminal()
+
+    @property
+    def is_succeeded(self) -> bool:
+        return self.status == JobStatus.SUCCEEDED
+
+
+class Jobs:
+    """The jobs of one cluster, addressed by its dashboard URL (http://host:port)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # Ray lets these two variables win over an explicit address; an owned cluster must not be overruled.
+        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
+            try:
+                self._client = JobSubmissionClient(url)
+            except (ConnectionError, RuntimeError, requests.RequestException) as error:
+                raise ClusterError(
+                    f"connecting to the Ray cluster at {url} failed: {_one_line(error)}. Check the address, "
+                    "that its dashboard is reachable from here, and that RAY_AUTH_TOKEN holds its token."
+                ) from error
+
+    def submit_once(
+        self,
+        submission_id: str,
+        entrypoint: str | Sequence[str],
+        env_vars: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> JobState:
+        """Start a job unless one with this id exists; in that case return its state as it is.
+
+        The id acts as the lock: of two simultaneous callers one starts the job, the other attaches. A failed
+        or stopped job is returned too (`is_new` False): to try again, submit the id of the next attempt.
+        """
+        known = self.find(submission_id)
+        if known is not None:
+            return known
+        command = entrypoint if isinstance(entrypoint, str) else shlex.join(entrypoint)
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **(env_vars or {})}
+        try:
+            self._client.submit_job(
+                entrypoint=command,
+                submission_id=submission_id,
+                runtime_env={"env_vars": variables},
+                metadata=dict(metadata or {}),
+            )
+        except (RuntimeError, ValueError) as error:
+            if "already exists" in str(error) and (known := self.find(submission_id)) is not None:
+                return known
+            raise JobError(
+                f"submitting job {submission_id} to {self.url} failed: {_one_line(error)}"
+            ) from error
+        return JobState(submission_id, str(JobStatus.PENDING.value), "submitted", None, is_new=True)
+
+    def find(self, submission_id: str) -> JobState | None:
+        """State of a job, or None if the cluster does not know it."""
+        try:
+            info = self._client.get_job_info(submission_id)
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise JobError(f"asking {self.url} for job {submission_id} failed: {_one_line(error)}") from error
+        return JobState(submission_id, str(info.status.value), info.message or "", info.driver_exit_code)
+
+    def status(self, submission_id: str) -> JobState:
+        """State of a job. Raises JobError if the cluster does not know it."""
+        known = self.find(submission_id)
+        if known is None:
+            raise JobError(f"the cluster at {self.url} knows no job {submission_id}")
+        return known
+
+    def wait(
+        self,
+        submission_id: str,
+        poll_s: float = 0.5,
+        on_poll: Callable[[JobState], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> JobState:
+        """Block until the job has finished and return its last state; `on_poll` sees every state on the way.
+
+        Short outages of the cluster are waited out; after 60 s of silence ClusterError is raised.
+        """
+        started = last_answer = time.monotonic()
+        while True:
+            try:
+                state = self.status(submission_id)
+                last_answer = time.monotonic()
+            except (ConnectionError, requests.RequestException) as error:
+                silence_s = time.monotonic() - last_answer
+                if silence_s > _LONGEST_SILENCE_S:
+                    raise ClusterError(
+                        f"the Ray cluster at {self.url} has not answered for {silence_s:.0f} s while job "
+                        f"{submission_id} was running: {_one_line(error)}"
+                    ) from error
+                time.sleep(poll_s)
+                continue
+            if on_poll is not None:
+                on_poll(state)
+            if state.is_finished:
+                return state
+            if timeout_s is not None and time.monotonic() - started > timeout_s:
+                raise JobError(f"job {submission_id} is still {state.status} after {timeout_s:.0f} s")
+            time.sleep(poll_s)
+
+    def stop(self, submission_id: str) -> bool:
+        """Ask a job to end: SIGTERM, then SIGKILL after 30 s. Returns whether it was still running."""
+        state = self.status(submission_id)
+        if state.is_finished:
+            return False
+        try:
+            return bool(self._client.stop_job(submission_id))
+        except RuntimeError as error:
+            raise JobError(f"stopping job {submission_id} failed: {_one_line(error)}") from error
+
+    def logs(self, submission_id: str) -> str:
+        """Everything the job's driver has written so far."""
+        try:
+            return self._client.get_job_logs(submission_id)
+        except RuntimeError as error:
+            raise JobError(f"reading the log of job {submission_id} failed: {_one_line(error)}") from error
+
+    def tail(self, submission_id: str) -> Iterator[str]:
+        """Yield the driver's output in pieces as it grows, until the job ends."""
+        loop = asyncio.new_event_loop()
+        stream = self._client.tail_job_logs(submission_id)
+        try:
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    yield loop.run_until_complete(anext(stream))
+        except RuntimeError as error:
+            raise JobError(f"following job {submission_id} failed: {_one_line(error)}") from error
+        finally:
+            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
+            loop.close()
+
+
+def _one_line(error: BaseException) -> str:
+    """The telling part of an error that may carry a whole server traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines and "Traceback" in str(error) else " ".join(lines))[:500] or repr(error)
