@@ -37,7 +37,7 @@ class Reason(StrEnum):
 
 
 class DataError(Exception):
-    """The data cannot be used as asked; the message says what was found, what was expected, what to change."""
+    """The data cannot be used as asked; the message says what was found, expected, and what to change."""
 
 
 class ClipError(DataError):

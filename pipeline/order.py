@@ -24,7 +24,7 @@ def keyed_generator(seed: int, purpose: str, *key: int | str) -> np.random.Gener
 
 
 def steps_per_epoch(num_clips: int, global_batch_size: int) -> int:
-    """Whole global batches in an epoch; the remainder is left out of this epoch (another one in each epoch)."""
+    """Whole global batches in an epoch; the remainder is left out, another one in every epoch."""
     if global_batch_size < 1:
         raise DataError(f"global batch of {global_batch_size} clips; expected at least 1")
     steps = num_clips // global_batch_size
