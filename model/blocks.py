@@ -1,0 +1,82 @@
+"""One layer of the video encoder: pre-norm attention and feed-forward with LayerScale and drop path (BEiT)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.attention import sparse_attention
+from model.config import VideoConfig
+from model.sparsity import EdgeLayout
+
+NORM_EPS = 1e-12
+
+
+class VideoAttention(nn.Module):
+    """Projections and position table around `sparse_attention`. Query and value have a bias, the key has none."""
+
+    def __init__(self, config: VideoConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.backend = config.attention_backend
+        # Rows: query, key, value. One matrix, because one large product is faster than three.
+        self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.bias_table = nn.Parameter(torch.zeros(config.table_rows, config.num_heads))
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self,
+        tokens_BND: Float[Tensor, "B N D"],
+        codes: Int[Tensor, "*B n"],
+        layout: EdgeLayout | None,
+        with_cls_scores: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixed tokens (B, N, D), and the CLS query's attention to patches (B, n) if asked for."""
+        num_clips, num_tokens, width = tokens_BND.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = functional.linear(tokens_BND, self.qkv_weight, bias)
+        q, k, v = qkv.view(num_clips, num_tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed, scores = sparse_attention(
+            q, k, v, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=with_cls_scores
+        )
+        return self.output(mixed.transpose(1, 2).reshape(num_clips, num_tokens, width)), scores
+
+
+class VideoBlock(nn.Module):
+    """x += drop_path(scale * attention(norm x)); x += drop_path(scale * mlp(norm x))."""
+
+    def __init__(self, config: VideoConfig, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.attention_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.attention = VideoAttention(config)
+        self.attention_scale = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
+        self.mlp_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.mlp_in = nn.Linear(config.width, config.mlp_width)
+        self.mlp_out = nn.Linear(config.mlp_width, config.width)
+        self.mlp_scale = nn.Parameter(torch.full((config.width,), config.layer_scale_init))
+
+    def forward(
+        self,
+        tokens_BND: Float[Tensor, "B N D"],
+        codes: Int[Tensor, "*B n"],
+        layout: EdgeLayout | None,
+        with_cls_scores: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens after the layer (B, N, D), and CLS scores (B, n) if asked for."""
+        mixed, scores = self.attention(self.attention_norm(tokens_BND), codes, layout, with_cls_scores)
+        tokens_BND = torch.addcmul(tokens_BND, mixed, self._branch_scale(self.attention_scale, tokens_BND))
+        hidden = self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(tokens_BND))))
+        tokens_BND = torch.addcmul(tokens_BND, hidden, self._branch_scale(self.mlp_scale, tokens_BND))
+        return tokens_BND, scores
+
+    def _branch_scale(self, scale_D: Tensor, tokens_BND: Tensor) -> Tensor:
+        """LayerScale times the drop path of each clip: 0 for a dropped branch, 1 / (1 - rate) for a kept one."""
+        if not self.training or self.drop_path == 0:
+            return scale_D
+        keep = 1 - self.drop_path
+        kept_B11 = tokens_BND.new_empty(tokens_BND.shape[0], 1, 1).bernoulli_(keep)
+        return scale_D * (kept_B11 / keep)

@@ -1,0 +1,328 @@
+"""Settings of the model, checked when they are made, and the numbers that follow from them. No torch here.
+
+Sizes: `ModelConfig.named("base")` is SViTT's published model (arXiv 2304.08809), `small` and `tiny` are for CPUs.
+"""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from model import cost
+from model.cost import keep_count
+
+
+class Gmacs(NamedTuple):
+    """Billions of multiply-accumulates of one clip: one pass of each part, and a training step's forward."""
+
+    video: float
+    text: float
+    fusion: float
+    training_forward: float
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_layers(name: str, layers: tuple[int, ...], first: int, end: int) -> None:
+    if list(layers) != sorted(set(layers)) or any(not first <= layer < end for layer in layers):
+        raise ValueError(f"{name} {list(layers)} must be ascending layer numbers from {first} to {end - 1}")
+
+
+class VideoConfig(_Frozen):
+    """Video encoder. Layers count from 0; `num_random_blocks` None means dense attention."""
+
+    num_frames: PositiveInt = 4
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    num_heads: PositiveInt = 12
+    mlp_ratio: float = Field(4.0, gt=0)
+    drop_path: float = Field(0.1, ge=0, lt=1, description="rate of the last layer; grows linearly from 0")
+    keep_rate: float = Field(0.7, gt=0, le=1, description="share of patches kept after each pruning layer")
+    prune_layers: tuple[int, ...] = (3, 6, 9)
+    num_local_blocks: int = Field(1, ge=0, description="0 or odd; counts the own block")
+    num_random_blocks: int | None = Field(3, ge=0, description="None: dense attention")
+    block_size: PositiveInt = 56
+    layer_scale_init: float = 0.1
+    init_std: float = Field(0.02, gt=0)
+    position_init: Literal["zeros", "normal", "time_offsets"] = "zeros"
+    position_init_scale: float = Field(1.0, ge=0, description="std of normal, slope of time_offsets")
+    eval_edge_seed: int = Field(
+        0, description="random edges of evaluation are a function of this and the layer"
+    )
+    attention_backend: Literal["auto", "reference", "gather"] = "auto"
+    recompute: bool = Field(False, description="recompute each layer in the backward pass to save memory")
+
+    @model_validator(mode="after")
+    def _check(self) -> "VideoConfig":
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                f"take {self.image_size // self.patch_size * self.patch_size or self.patch_size}"
+            )
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.keep_rate < 1:
+            _check_layers("prune_layers", self.prune_layers, 0, self.depth)
+        if self.num_random_blocks is not None:
+            self._check_blocks(self.num_random_blocks)
+        return self
+
+    def _check_blocks(self, num_random_blocks: int) -> None:
+        if self.num_local_blocks and self.num_local_blocks % 2 == 0:
+            raise ValueError(
+                f"num_local_blocks {self.num_local_blocks} must be 0 or odd: the own block is the middle"
+            )
+        if self.num_local_blocks + num_random_blocks == 0:
+            raise ValueError(
+                "num_local_blocks and num_random_blocks are both 0, so patches would see only CLS; "
+                "set one of them, or num_random_blocks to null for dense attention"
+            )
+        if self.block_size > self.num_patches:
+            raise ValueError(
+                f"block_size {self.block_size} exceeds the {self.num_patches} patches of {self.num_frames} frames "
+                f"of {self.image_size} px; take block_size <= {self.num_patches}, "
+                "or num_random_blocks null for dense attention"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of a clip before pruning, CLS not counted."""
+        return self.num_frames * self.grid**2
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the relative position table: all offsets in time, height and width, and three for CLS."""
+        return (2 * self.num_frames - 1) * (2 * self.grid - 1) ** 2 + 3
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the feed-forward part."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def is_dense(self) -> bool:
+        """True when every patch sees every patch in the layout asked for."""
+        return self.num_random_blocks is None
+
+    def prunes_after(self, layer: int) -> bool:
+        """True when patches are dropped at the end of this layer."""
+        return self.keep_rate < 1 and layer in self.prune_layers
+
+    def tokens_by_layer(self) -> tuple[int, ...]:
+        """Alive patch tokens at the start of each layer, and in the last entry those that leave the encoder."""
+        counts = [self.num_patches]
+        for layer in range(self.depth):
+            kept = keep_count(counts[-1], self.keep_rate) if self.prunes_after(layer) else counts[-1]
+            counts.append(kept)
+        return tuple(counts)
+
+    def blocks_by_layer(self) -> tuple[int, ...]:
+        """Query blocks of each layer (the last may be partly filled); 0 where attention is dense."""
+        if self.num_random_blocks is None:
+            return (0,) * self.depth
+        return tuple(ceil(count / self.block_size) for count in self.tokens_by_layer()[: self.depth])
+
+    def macs(self) -> int:
+        """MACs of one forward pass of one clip."""
+        layers = zip(self.tokens_by_layer()[: self.depth], self.blocks_by_layer(), strict=True)
+        key_blocks = self.num_local_blocks + (self.num_random_blocks or 0)
+        embedding = self.num_patches * 3 * self.patch_size**2 * self.width
+        return embedding + sum(
+            cost.video_layer_macs(n, self.width, self.mlp_width, nb, self.block_size, min(key_blocks, nb))
+            for n, nb in layers
+        )
+
+
+class TextConfig(_Frozen):
+    """Text encoder (layers before `fusion_layer`) and fusion layers (the rest), all BERT layers."""
+
+    vocab_size: int = Field(30522, ge=6)
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    fusion_layer: PositiveInt = 9
+    num_heads: PositiveInt = 12
+    mlp_ratio: float = Field(4.0, gt=0)
+    max_length: PositiveInt = Field(512, description="position embeddings; captions may be shorter")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    init_std: float = Field(0.02, gt=0)
+    pad_id: int = 0
+    cls_id: int = 2
+    mask_id: int = 4
+
+    @model_validator(mode="after")
+    def _check(self) -> "TextConfig":
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.fusion_layer > self.depth:
+            raise ValueError(f"fusion_layer {self.fusion_layer} exceeds depth {self.depth}")
+        for name in ("pad_id", "cls_id", "mask_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
+                )
+        return self
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the feed-forward part."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def num_fusion_layers(self) -> int:
+        """Layers with cross-attention to video."""
+        return self.depth - self.fusion_layer
+
+
+class ModelConfig(_Frozen):
+    """The whole model and its three losses. A loss with weight 0 is not computed."""
+
+    video: VideoConfig = VideoConfig()
+    text: TextConfig = TextConfig()
+    joint_width: PositiveInt = 256
+    multimodal_keep_rate: float = Field(1.0, gt=0, le=1)
+    multimodal_prune_layers: tuple[int, ...] = (9,)
+    multimodal_score: Literal["cls_attn", "avg_attn"] = "cls_attn"
+    temperature: float = Field(0.05, gt=0, description="fixed, or the start of the learned one")
+    learn_temperature: bool = False
+    temperature_range: tuple[float, float] = (0.001, 0.5)
+    vtc_weight: float = Field(1.0, ge=0)
+    vtm_weight: float = Field(1.0, ge=0)
+    mlm_weight: float = Field(1.0, ge=0)
+    vtc_positives: Literal["action", "identity"] = "action"
+    vtc_directions: Literal["sum", "mean"] = "sum"
+    vtm_hard_negatives: bool = True
+    mlm_probability: float = Field(0.5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.multimodal_keep_rate < 1:
+            _check_layers(
+                "multimodal_prune_layers",
+                self.multimodal_prune_layers,
+                self.text.fusion_layer,
+                self.text.depth,
+            )
+        if self.text.num_fusion_layers == 0 and (self.vtm_weight or self.mlm_weight):
+            raise ValueError(
+                f"text.fusion_layer {self.text.fusion_layer} leaves no fusion layer, which vtm and mlm need; "
+                "lower it, or set vtm_weight and mlm_weight to 0"
+            )
+        if self.vtc_weight == self.vtm_weight == self.mlm_weight == 0:
+            raise ValueError(
+                "vtc_weight, vtm_weight and mlm_weight are all 0: nothing to train; set one of them"
+            )
+        return self
+
+    def replaced(
+        self, *, video: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **top: Any
+    ) -> "ModelConfig":
+        """A checked copy with some fields changed, as in `config.replaced(video={"num_frames": 8})`."""
+        return ModelConfig(
+            **{
+                **dict(self),
+                **top,
+                "video": VideoConfig(**{**dict(self.video), **(video or {})}),
+                "text": TextConfig(**{**dict(self.text), **(text or {})}),
+            }
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, tied weights counted once."""
+        video, text = self.video, self.text
+        total = cost.video_parameters(
+            video.depth,
+            video.width,
+            video.mlp_width,
+            video.num_heads,
+            video.table_rows,
+            3 * video.patch_size**2,
+        )
+        total += cost.text_parameters(
+            text.depth,
+            text.num_fusion_layers,
+            text.width,
+            text.mlp_width,
+            text.vocab_size,
+            text.max_length,
+            video.width,
+        )
+        projections = (video.width + text.width + 2) * self.joint_width
+        return total + projections + 2 * text.width + 2 + int(self.learn_temperature)
+
+    def fusion_tokens_by_layer(self) -> tuple[int, ...]:
+        """Video tokens, CLS included, that each fusion layer sees."""
+        counts = [self.video.tokens_by_layer()[-1]]
+        for layer in range(self.text.fusion_layer, self.text.depth):
+            prunes = self.multimodal_keep_rate < 1 and layer in self.multimodal_prune_layers
+            counts.append(keep_count(counts[-1], self.multimodal_keep_rate) if prunes else counts[-1])
+        return tuple(count + 1 for count in counts[: self.text.num_fusion_layers])
+
+    def gmacs_per_clip(self, text_length: int) -> Gmacs:
+        """Cost of one clip with a caption of `text_length` tokens.
+
+        A training step runs one video pass, two text passes (captions, masked captions) and four fusion passes
+        (matching pair, two negatives, masked caption), less where a loss is switched off.
+        """
+        text = self.text
+        layer = cost.text_layer_macs(text_length, text.width, text.mlp_width)
+        encode = text.fusion_layer * layer
+        fuse = sum(
+            layer + cost.cross_attention_macs(text_length, tokens, text.width, self.video.width)
+            for tokens in self.fusion_tokens_by_layer()
+        )
+        has_vtm, has_mlm = self.vtm_weight > 0, self.mlm_weight > 0
+        training = self.video.macs() + (1 + has_mlm) * encode + (3 * has_vtm + has_mlm) * fuse
+        return Gmacs(self.video.macs() / 1e9, encode / 1e9, fuse / 1e9, training / 1e9)
+
+    @staticmethod
+    def named(name: str) -> "ModelConfig":
+        """One of the named sizes: base (as published), small, tiny."""
+        if name not in _NAMED:
+            raise ValueError(f"no model size is called {name!r}; choose one of {', '.join(_NAMED)}")
+        return ModelConfig.model_validate(_NAMED[name])
+
+
+_NAMED: dict[str, dict[str, Any]] = {
+    "base": {"text": {"cls_id": 101, "mask_id": 103}},
+    "small": {
+        "video": {"width": 384, "num_heads": 6},
+        "text": {"width": 384, "num_heads": 6, "depth": 8, "fusion_layer": 6, "max_length": 64},
+        "multimodal_prune_layers": [6],
+    },
+    "tiny": {
+        "video": {
+            "image_size": 96,
+            "width": 96,
+            "depth": 6,
+            "num_heads": 4,
+            "drop_path": 0.0,
+            "prune_layers": [1, 3],
+            "block_size": 12,
+            "layer_scale_init": 0.5,
+            "init_std": 0.06,
+            "position_init": "time_offsets",
+        },
+        "text": {
+            "vocab_size": 256,
+            "width": 96,
+            "depth": 3,
+            "fusion_layer": 2,
+            "num_heads": 4,
+            "max_length": 32,
+            "dropout": 0.0,
+            "init_std": 0.06,
+        },
+        "joint_width": 64,
+        "multimodal_prune_layers": [2],
+    },
+}

@@ -1,0 +1,221 @@
+"""Text encoder and fusion layers, made of transformers' BERT blocks; captions are `[CLS] words [PAD]`, no [SEP].
+
+The first `fusion_layer` layers read text alone; the rest also attend to video tokens. The video side of the
+cross-attention is computed once a clip and shared by all the captions paired with it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPredictionHeadTransform
+
+from model.config import ModelConfig, TextConfig
+from model.errors import ModelInputError
+from model.sparsity import keep_count, select_patches
+
+
+def bert_config(config: TextConfig, with_cross_attention: bool) -> BertConfig:
+    """transformers' settings for one of our layers; attention through torch's scaled dot product."""
+    bert = BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_width,
+        hidden_act="gelu",
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        max_position_embeddings=config.max_length,
+        layer_norm_eps=1e-12,
+        pad_token_id=config.pad_id,
+        is_decoder=with_cross_attention,
+        add_cross_attention=with_cross_attention,
+    )
+    bert._attn_implementation = "sdpa"
+    return bert
+
+
+class Fused(NamedTuple):
+    """Text states after the fusion layers, and the patches kept by each pruning (within what it was given)."""
+
+    states_QLD: Float[Tensor, "Q L D"]
+    keep_indices: tuple[Int[Tensor, "Q m"], ...]
+
+
+class FusionLayer(BertLayer):
+    """A BERT layer whose cross-attention reads the clip that each caption is paired with."""
+
+    def __init__(self, config: TextConfig, video_width: int) -> None:
+        super().__init__(bert_config(config, with_cross_attention=True))
+        cross = self.crossattention.self
+        if video_width != config.width:
+            cross.key = nn.Linear(video_width, config.width)
+            cross.value = nn.Linear(video_width, config.width)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        states_QLD: Float[Tensor, "Q L D"],
+        text_mask: Bool[Tensor, "Q 1 1 L"],
+        video_BMD: Float[Tensor, "B M D"],
+        clip_Q: Int[Tensor, " Q"] | None,
+        kept_Qm: Int[Tensor, "Q m"] | None,
+        score: str | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """States after the layer, and each pair's score of its patches if `score` names how to get one."""
+        cross = self.crossattention.self
+        states_QLD = self.attention(states_QLD, text_mask)[0]
+        q = _split_heads(cross.query(states_QLD), cross.num_attention_heads)
+        k = self._video_side(cross.key(video_BMD), clip_Q, kept_Qm)
+        v = self._video_side(cross.value(video_BMD), clip_Q, kept_Qm)
+        dropout = cross.dropout.p if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        scores = _patch_scores(q, k, score) if score else None
+        states_QLD = self.crossattention.output(mixed.transpose(1, 2).flatten(2), states_QLD)
+        return self.feed_forward_chunk(states_QLD), scores
+
+    def _video_side(self, video_BMD: Tensor, clip_Q: Tensor | None, kept_Qm: Tensor | None) -> Tensor:
+        if clip_Q is not None:
+            video_BMD = video_BMD.index_select(0, clip_Q)
+        if kept_Qm is not None:
+            with_cls = functional.pad(kept_Qm + 1, (1, 0))[..., None]
+            video_BMD = video_BMD.gather(1, with_cls.expand(-1, -1, video_BMD.shape[-1]))
+        return _split_heads(video_BMD, self.crossattention.self.num_attention_heads)
+
+
+@torch.no_grad()
+def _patch_scores(q: Tensor, k: Tensor, score: str) -> Tensor:
+    rows = q[:, :, :1] if score == "cls_attn" else q
+    weights = (rows * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
+    return weights[..., 1:].mean(dim=(1, 2))
+
+
+def _split_heads(states: Tensor, num_heads: int) -> Tensor:
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class TiedDecoder(nn.Module):
+    """Linear map to the vocabulary whose matrix is the word embedding. The state dict holds the matrix only once."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = nn.Parameter(torch.zeros(weight.shape[0]))
+        self.register_state_dict_post_hook(_drop_tied_weight)
+        self.register_load_state_dict_pre_hook(_restore_tied_weight)
+
+    def forward(self, states_KD: Float[Tensor, "K D"]) -> Float[Tensor, "K V"]:
+        """Logits over the vocabulary."""
+        return functional.linear(states_KD, self.weight, self.bias)
+
+
+def _drop_tied_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    state.pop(prefix + "weight", None)
+
+
+def _restore_tied_weight(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object, *rest: object
+) -> None:
+    # Loading must not report the matrix as missing; the tied parameter itself is loaded with the embeddings.
+    state[prefix + "weight"] = module.weight  # pyright: ignore[reportArgumentType]
+
+
+class MlmHead(nn.Module):
+    """BERT's head for masked words: transform, then the tied decoder."""
+
+    def __init__(self, config: TextConfig, word_embeddings: nn.Parameter) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(bert_config(config, with_cross_attention=False))
+        self.decoder = TiedDecoder(word_embeddings)
+
+    def forward(self, states_KD: Float[Tensor, "K D"]) -> Float[Tensor, "K V"]:
+        """Logits over the vocabulary."""
+        return self.decoder(self.transform(states_KD))
+
+
+class TextEncoder(nn.Module):
+    """Embeddings, text layers, fusion layers and MLM head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        text = config.text
+        self.config = config
+        self.embeddings = BertEmbeddings(bert_config(text, with_cross_attention=False))
+        self.layers = nn.ModuleList(
+            BertLayer(bert_config(text, with_cross_attention=False)) for _ in range(text.fusion_layer)
+        )
+        self.layers.extend(FusionLayer(text, config.video.width) for _ in range(text.num_fusion_layers))
+        self.mlm_head = MlmHead(text, self.embeddings.word_embeddings.weight)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """BERT's: normal of `init_std` for matrices and embeddings, zero biases and padding row, unit norms."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.text.init_std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.embeddings.word_embeddings.weight[self.config.text.pad_id].zero_()
+
+    def forward(
+        self, text_ids_BL: Int[Tensor, "B L"], text_mask_BL: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L D"]:
+        """States after the text layers. Raises ModelInputError for captions without tokens or too long."""
+        self._check(text_ids_BL, text_mask_BL)
+        states = self.embeddings(text_ids_BL)
+        for layer in self.layers[: self.config.text.fusion_layer]:
+            states = layer(states, text_mask_BL[:, None, None])
+        return states
+
+    def fuse(
+        self,
+        states_QLD: Float[Tensor, "Q L D"],
+        text_mask_QL: Bool[Tensor, "Q L"],
+        video_BMD: Float[Tensor, "B M D"],
+        clip_Q: Int[Tensor, " Q"] | None = None,
+    ) -> Fused:
+        """Fusion layers over pairs: text row q with video row clip_Q[q] (None: row q).
+
+        With multimodal pruning, each pair keeps the patches that its text attends to most in a pruning layer; the
+        layers after it see only those. CLS of the video always stays.
+        """
+        config = self.config
+        kept: Tensor | None = None
+        keep_indices: list[Tensor] = []
+        mask = text_mask_QL[:, None, None]
+        for number in range(config.text.fusion_layer, config.text.depth):
+            prunes = config.multimodal_keep_rate < 1 and number in config.multimodal_prune_layers
+            score = config.multimodal_score if prunes else None
+            states_QLD, scores = self.layers[number](states_QLD, mask, video_BMD, clip_Q, kept, score)
+            if scores is not None:
+                chosen = select_patches(scores, keep_count(scores.shape[1], config.multimodal_keep_rate))
+                keep_indices.append(chosen)
+                kept = chosen if kept is None else kept.gather(1, chosen)
+        return Fused(states_QLD, tuple(keep_indices))
+
+    def _check(self, text_ids_BL: Tensor, text_mask_BL: Tensor) -> None:
+        limit = self.config.text.max_length
+        if text_ids_BL.shape != text_mask_BL.shape or text_ids_BL.dim() != 2:
+            raise ModelInputError(
+                f"ids and mask must both be (B, L); got {tuple(text_ids_BL.shape)} and {tuple(text_mask_BL.shape)}"
+            )
+        if text_mask_BL.dtype != torch.bool:
+            raise ModelInputError(f"text_mask must be bool (True at tokens), got {text_mask_BL.dtype}")
+        if text_ids_BL.shape[1] > limit:
+            raise ModelInputError(
+                f"captions are padded to {text_ids_BL.shape[1]} tokens, the model has {limit} positions; "
+                "lower text_length of the loader or raise text.max_length"
+            )
+        has_tokens = text_mask_BL.any(dim=1)
+        if text_mask_BL.device.type != "cpu":
+            # On an accelerator the check must not stop the stream: it is asserted there.
+            torch._assert_async(has_tokens.all(), "a caption has no tokens")
+        elif not bool(has_tokens.all()):
+            rows = (~has_tokens).nonzero().flatten().tolist()
+            raise ModelInputError(
+                f"captions in rows {rows} have no tokens: text_mask is all False; reject them earlier"
+            )

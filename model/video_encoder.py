@@ -1,0 +1,149 @@
+"""The sparse video encoder of SViTT (arXiv 2304.08809): patches of all frames and one CLS, attended jointly.
+
+Edge sparsity: block layouts per layer. Node sparsity: after some layers only the patches that CLS attends to most
+are kept. There is no temporal embedding: order is known only through the relative position tables.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import token_codes
+from model.blocks import NORM_EPS, VideoBlock
+from model.config import VideoConfig
+from model.errors import ModelInputError
+from model.sparsity import EdgeLayout, draw_layouts, keep_count, keep_patches, layouts_to, select_patches
+
+
+class VideoEncoding(NamedTuple):
+    """Surviving tokens, CLS first, without a final norm; their pooled vector; what each pruning kept.
+
+    `keep_indices` has one entry per pruning layer: positions in the clip (frame by frame, row by row), ascending.
+    """
+
+    tokens_BMD: Float[Tensor, "B M D"]
+    pooled_BD: Float[Tensor, "B D"]
+    keep_indices: tuple[Int[Tensor, "B m"], ...]
+
+
+class VideoEncoder(nn.Module):
+    """Patch embedding, sparse layers, and the norm of the mean over surviving patches."""
+
+    def __init__(self, config: VideoConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
+        self.layers = nn.ModuleList(VideoBlock(config, rate) for rate in rates)
+        self.pooled_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        codes = token_codes(config.num_frames, config.grid, config.grid)
+        self.register_buffer("codes", codes, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Truncated normal of `init_std` for matrices and CLS, zero biases, position tables by `position_init`."""
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+        nn.init.trunc_normal_(self.cls_token, std=std)
+        for layer in self.layers:
+            nn.init.trunc_normal_(layer.attention.qkv_weight, std=std)
+            init_bias_table(layer.attention.bias_table, self.config)
+
+    def forward(
+        self,
+        video_BTCHW: Float[Tensor, "B T 3 H W"],
+        edge_seed: int | None = None,
+        layouts: Sequence[EdgeLayout | None] | None = None,
+    ) -> VideoEncoding:
+        """Encode normalised clips.
+
+        Random edges are a function of `edge_seed` (None: the fixed seed of evaluation), unless `layouts` of all
+        layers are given. Raises ModelInputError when the clip's shape is not the configured one.
+        """
+        config = self.config
+        self._check(video_BTCHW)
+        if layouts is None:
+            layouts = draw_layouts(config, config.eval_edge_seed if edge_seed is None else edge_seed)
+        layouts = layouts_to(layouts, video_BTCHW.device)
+        tokens = self._embed(video_BTCHW)
+        codes: Tensor = self.codes  # pyright: ignore[reportAssignmentType]
+        positions: Tensor | None = None
+        keep_indices: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            prunes = config.prunes_after(number)
+            tokens, scores = self._run(layer, tokens, codes, layouts[number], prunes)
+            if prunes:
+                assert scores is not None
+                kept = select_patches(scores, keep_count(scores.shape[1], config.keep_rate))
+                tokens = keep_patches(tokens, kept)
+                positions = kept if positions is None else positions.gather(1, kept)
+                keep_indices.append(positions)
+                codes = self.codes[positions]  # pyright: ignore[reportIndexIssue]
+        pooled = self.pooled_norm(tokens[:, 1:].mean(dim=1))
+        return VideoEncoding(tokens, pooled, tuple(keep_indices))
+
+    def _run(
+        self, layer: nn.Module, tokens: Tensor, codes: Tensor, layout: EdgeLayout | None, prunes: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.config.recompute and self.training and torch.is_grad_enabled():
+            # The layout is an argument, so that the second run sees the same edges as the first.
+            return checkpoint(layer, tokens, codes, layout, prunes, use_reentrant=False)  # pyright: ignore
+        return layer(tokens, codes, layout, prunes)
+
+    def _embed(self, video_BTCHW: Tensor) -> Tensor:
+        frames = video_BTCHW.to(self.patch_embed.weight.dtype).flatten(0, 1)
+        patches = self.patch_embed(frames).flatten(2).transpose(1, 2)
+        num_clips = video_BTCHW.shape[0]
+        patches = patches.reshape(num_clips, -1, self.config.width)
+        return torch.cat([self.cls_token.expand(num_clips, -1, -1), patches], dim=1)
+
+    def _check(self, video_BTCHW: Tensor) -> None:
+        config = self.config
+        side = config.image_size
+        if video_BTCHW.dim() != 5:
+            raise ModelInputError(
+                f"a video batch has axes (B, T, 3, H, W); got shape {tuple(video_BTCHW.shape)}"
+            )
+        num_frames = video_BTCHW.shape[1]
+        if num_frames != config.num_frames:
+            raise ModelInputError(
+                f"clips have {num_frames} frames, the position tables are for {config.num_frames}; "
+                f"sample {config.num_frames} frames, or build the model with num_frames={num_frames} "
+                "and load the weights with model.weights.load_for_num_frames"
+            )
+        if tuple(video_BTCHW.shape[2:]) != (3, side, side):
+            raise ModelInputError(
+                f"frames have shape {tuple(video_BTCHW.shape[2:])}, the model takes (3, {side}, {side}); "
+                "change image_size of the loader or of the model"
+            )
+
+
+@torch.no_grad()
+def init_bias_table(table_RA: Tensor, config: VideoConfig) -> None:
+    """Fill a relative position table.
+
+    `zeros`: as BEiT; order is then learned from nothing. `normal`: N(0, position_init_scale). `time_offsets`: head a
+    prefers keys 0, 1 earlier, 1 later, 2 earlier ... frames away (bias -scale * distance from it), so that frame
+    order shows in the output from the first step. It is meant for small models trained from scratch.
+    """
+    nn.init.zeros_(table_RA)
+    if config.position_init == "normal":
+        nn.init.normal_(table_RA, std=config.position_init_scale)
+    if config.position_init != "time_offsets":
+        return
+    span = 2 * config.num_frames - 1
+    offset_T = torch.arange(span, device=table_RA.device) - (config.num_frames - 1)
+    for head in range(table_RA.shape[1]):
+        # Row offsets are query minus key: +1 looks one frame back.
+        distance = (head + 1) // 2 % config.num_frames
+        preferred = distance if head % 2 else -distance
+        slope = -config.position_init_scale * (offset_T - preferred).abs().to(table_RA.dtype)
+        table_RA[:-3, head] = slope.repeat_interleave((len(table_RA) - 3) // span)
