@@ -47,6 +47,7 @@ class ClipRuleConfig(BaseModel):
     per_pass: bool = Field(
         default=True, description="b from the gaps of one annotation pass; false = both passes together"
     )
+    clamp: bool = Field(default=True, description="cut clips to [0, video duration]; EgoClip itself does not")
     min_clip_s: float = Field(
         default=0.0, ge=0, description="clips shorter than this after clamping are dropped and counted"
     )

@@ -1,4 +1,4 @@
-"""Writes the generated egocentric world: H.264 files, Ego4D-style narrations, taxonomy and split.
+"""Writes the videos of the generated egocentric world as H.264 files.
 
 One video is one pure call of `write_video`, so that any pool can map over them. Everything is decided by the
 WorldConfig; the frames of a clip can also be drawn in memory with `render_clip`, without any file.
@@ -10,7 +10,6 @@ import os
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import av.video.stream
@@ -55,7 +54,7 @@ def write_video(spec: VideoSpec, path: Path) -> bool:
     The file appears by rename only when it is whole. The key of the spec is stored as its comment.
     """
     key = spec_key(spec)
-    if path.exists() and _comment_of(path) == key:
+    if is_complete(spec, path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
@@ -67,6 +66,11 @@ def write_video(spec: VideoSpec, path: Path) -> bool:
     finally:
         partial.unlink(missing_ok=True)
     return True
+
+
+def is_complete(spec: VideoSpec, path: Path) -> bool:
+    """Says whether a file is the whole video of exactly this spec."""
+    return path.exists() and _comment_of(path) == spec_key(spec)
 
 
 def render_clip(
@@ -112,17 +116,3 @@ def _encode(spec: VideoSpec, path: Path, key: str) -> None:
             frame.pts, frame.time_base = round(time_s / TIME_BASE), TIME_BASE
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-
-
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one; an equal file is not touched."""
-    text = json.dumps(value, indent=1, ensure_ascii=True) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
