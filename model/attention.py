@@ -1,7 +1,7 @@
 """Attention of patches and CLS with relative position bias, dense or over selected blocks.
 
-Two backends of one signature: `reference` (readable: all scores, mask, softmax) and `gather` (only the selected
-blocks). Both see the same keys, so values and gradients agree.
+Two backends of one signature: `reference` (readable: all scores, mask, softmax) and `gather` (only the
+selected blocks). Both see the same keys, so values and gradients agree.
 
 Position codes. The table row of a query at (t, h, w) and a key at (t', h', w') is
 ((t-t'+T-1)(2H-1) + (h-h'+H-1))(2W-1) + (w-w'+W-1), which is code(query) - code(key) + centre with
@@ -22,7 +22,9 @@ Backend = Literal["auto", "reference", "gather"]
 
 
 class AttentionOutput(NamedTuple):
-    """Mixed values, and the CLS query's attention to the patches (mean over heads, no gradient) if asked for."""
+    """Mixed values, and the CLS query's attention to the patches (mean over heads, no gradient) if asked
+    for.
+    """
 
     values_BANE: Float[Tensor, "B A N E"]
     cls_scores_BN: Float[Tensor, "B n"] | None
@@ -55,8 +57,8 @@ def sparse_attention(
 ) -> AttentionOutput:
     """softmax(q k / sqrt(E) + bias) v over the keys that each query sees; token 0 is CLS.
 
-    `codes` are (n,) when all samples hold the same patches, else (B, n), with N = n + 1. `layout` None is dense.
-    `key_mask` is False at keys that nobody may see; CLS must be True. Returns values and CLS scores.
+    `codes` are (n,) when all samples hold the same patches, else (B, n), with N = n + 1. `layout` None is
+    dense. `key_mask` is False at keys that nobody may see; CLS must be True. Returns values and CLS scores.
     """
     if layout is not None and layout.num_patches != q_BANE.shape[2] - 1:
         raise ValueError(f"layout is for {layout.num_patches} patches, got {q_BANE.shape[2] - 1}")
@@ -152,7 +154,9 @@ def _dense_rows(codes: Tensor, num_rows: int) -> Tensor:
 
 
 def _block_rows(codes: Tensor, tokens_SW: Tensor, padding: int, num_rows: int) -> Tensor:
-    """Table row of every patch query and gathered key: (S, G, W), or (B, S, G, W) for codes of each sample."""
+    """Table row of every patch query and gathered key: (S, G, W), or (B, S, G, W) for codes of each
+    sample.
+    """
     num_blocks = tokens_SW.shape[0]
     # Padded queries and CLS borrow code 0; the first are dropped afterwards, the second is set below.
     queries = functional.pad(codes, (0, padding)).unflatten(-1, (num_blocks, -1)).unsqueeze(-1)

@@ -1,11 +1,13 @@
-"""One layer of the video encoder: pre-norm attention and feed-forward with LayerScale and drop path (BEiT)."""
+"""One layer of the video encoder: pre-norm attention and feed-forward with LayerScale and drop path
+(BEiT).
+"""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.attention import sparse_attention
+from model.attention import Backend, sparse_attention
 from model.config import VideoConfig
 from model.sparsity import EdgeLayout
 
@@ -13,13 +15,15 @@ NORM_EPS = 1e-12
 
 
 class VideoAttention(nn.Module):
-    """Projections and position table around `sparse_attention`. Query and value have a bias, the key has none."""
+    """Projections and position table around `sparse_attention`. Query and value have a bias, the key has
+    none.
+    """
 
     def __init__(self, config: VideoConfig) -> None:
         super().__init__()
         width = config.width
         self.num_heads = config.num_heads
-        self.backend = config.attention_backend
+        self.backend: Backend = config.attention_backend
         # Rows: query, key, value. One matrix, because one large product is faster than three.
         self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -74,7 +78,9 @@ class VideoBlock(nn.Module):
         return tokens_BND, scores
 
     def _branch_scale(self, scale_D: Tensor, tokens_BND: Tensor) -> Tensor:
-        """LayerScale times the drop path of each clip: 0 for a dropped branch, 1 / (1 - rate) for a kept one."""
+        """LayerScale times the drop path of each clip: 0 for a dropped branch, 1 / (1 - rate) for a kept
+        one.
+        """
         if not self.training or self.drop_path == 0:
             return scale_D
         keep = 1 - self.drop_path

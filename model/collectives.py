@@ -32,8 +32,9 @@ def all_gather_rows(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "G ..."]:
 def all_gather_with_gradient(rows: Float[Tensor, "B ..."]) -> Float[Tensor, "G ..."]:
     """Rows of all ranks in rank order; the backward pass sums the gradients that all ranks hold for a row.
 
-    When every rank computes the same loss from the gathered rows, that sum is world_size times the gradient of the
-    loss, and the mean over ranks that the engine takes afterwards gives exactly the single-process gradient.
+    When every rank computes the same loss from the gathered rows, that sum is world_size times the gradient
+    of the loss, and the mean over ranks that the engine takes afterwards gives exactly the single-process
+    gradient.
     """
     if not is_distributed():
         return rows

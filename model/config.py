@@ -1,6 +1,7 @@
 """Settings of the model, checked when they are made, and the numbers that follow from them. No torch here.
 
-Sizes: `ModelConfig.named("base")` is SViTT's published model (arXiv 2304.08809), `small` and `tiny` are for CPUs.
+Sizes: `ModelConfig.named("base")` is SViTT's published model (arXiv 2304.08809), `small` and `tiny` are for
+CPUs.
 """
 
 from collections.abc import Mapping
@@ -40,22 +41,28 @@ class VideoConfig(_Frozen):
     width: PositiveInt = 768
     depth: PositiveInt = 12
     num_heads: PositiveInt = 12
-    mlp_ratio: float = Field(4.0, gt=0)
-    drop_path: float = Field(0.1, ge=0, lt=1, description="rate of the last layer; grows linearly from 0")
-    keep_rate: float = Field(0.7, gt=0, le=1, description="share of patches kept after each pruning layer")
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    drop_path: float = Field(
+        default=0.1, ge=0, lt=1, description="rate of the last layer; grows linearly from 0"
+    )
+    keep_rate: float = Field(
+        default=0.7, gt=0, le=1, description="share of patches kept after each pruning layer"
+    )
     prune_layers: tuple[int, ...] = (3, 6, 9)
-    num_local_blocks: int = Field(1, ge=0, description="0 or odd; counts the own block")
-    num_random_blocks: int | None = Field(3, ge=0, description="None: dense attention")
+    num_local_blocks: int = Field(default=1, ge=0, description="0 or odd; counts the own block")
+    num_random_blocks: int | None = Field(default=3, ge=0, description="None: dense attention")
     block_size: PositiveInt = 56
     layer_scale_init: float = 0.1
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     position_init: Literal["zeros", "normal", "time_offsets"] = "zeros"
-    position_init_scale: float = Field(1.0, ge=0, description="std of normal, slope of time_offsets")
+    position_init_scale: float = Field(default=1.0, ge=0, description="std of normal, slope of time_offsets")
     eval_edge_seed: int = Field(
         0, description="random edges of evaluation are a function of this and the layer"
     )
     attention_backend: Literal["auto", "reference", "gather"] = "auto"
-    recompute: bool = Field(False, description="recompute each layer in the backward pass to save memory")
+    recompute: bool = Field(
+        default=False, description="recompute each layer in the backward pass to save memory"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "VideoConfig":
@@ -84,8 +91,8 @@ class VideoConfig(_Frozen):
             )
         if self.block_size > self.num_patches:
             raise ValueError(
-                f"block_size {self.block_size} exceeds the {self.num_patches} patches of {self.num_frames} frames "
-                f"of {self.image_size} px; take block_size <= {self.num_patches}, "
+                f"block_size {self.block_size} exceeds the {self.num_patches} patches of {self.num_frames} "
+                f"frames of {self.image_size} px; take block_size <= {self.num_patches}, "
                 "or num_random_blocks null for dense attention"
             )
 
@@ -119,7 +126,9 @@ class VideoConfig(_Frozen):
         return self.keep_rate < 1 and layer in self.prune_layers
 
     def tokens_by_layer(self) -> tuple[int, ...]:
-        """Alive patch tokens at the start of each layer, and in the last entry those that leave the encoder."""
+        """Alive patch tokens at the start of each layer, and in the last entry those that leave the
+        encoder.
+        """
         counts = [self.num_patches]
         for layer in range(self.depth):
             kept = keep_count(counts[-1], self.keep_rate) if self.prunes_after(layer) else counts[-1]
@@ -146,15 +155,15 @@ class VideoConfig(_Frozen):
 class TextConfig(_Frozen):
     """Text encoder (layers before `fusion_layer`) and fusion layers (the rest), all BERT layers."""
 
-    vocab_size: int = Field(30522, ge=6)
+    vocab_size: int = Field(default=30522, ge=6)
     width: PositiveInt = 768
     depth: PositiveInt = 12
     fusion_layer: PositiveInt = 9
     num_heads: PositiveInt = 12
-    mlp_ratio: float = Field(4.0, gt=0)
-    max_length: PositiveInt = Field(512, description="position embeddings; captions may be shorter")
-    dropout: float = Field(0.1, ge=0, lt=1)
-    init_std: float = Field(0.02, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    max_length: PositiveInt = Field(default=512, description="position embeddings; captions may be shorter")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    init_std: float = Field(default=0.02, gt=0)
     pad_id: int = 0
     cls_id: int = 2
     mask_id: int = 4
@@ -189,19 +198,19 @@ class ModelConfig(_Frozen):
     video: VideoConfig = VideoConfig()
     text: TextConfig = TextConfig()
     joint_width: PositiveInt = 256
-    multimodal_keep_rate: float = Field(1.0, gt=0, le=1)
+    multimodal_keep_rate: float = Field(default=1.0, gt=0, le=1)
     multimodal_prune_layers: tuple[int, ...] = (9,)
     multimodal_score: Literal["cls_attn", "avg_attn"] = "cls_attn"
-    temperature: float = Field(0.05, gt=0, description="fixed, or the start of the learned one")
+    temperature: float = Field(default=0.05, gt=0, description="fixed, or the start of the learned one")
     learn_temperature: bool = False
     temperature_range: tuple[float, float] = (0.001, 0.5)
-    vtc_weight: float = Field(1.0, ge=0)
-    vtm_weight: float = Field(1.0, ge=0)
-    mlm_weight: float = Field(1.0, ge=0)
+    vtc_weight: float = Field(default=1.0, ge=0)
+    vtm_weight: float = Field(default=1.0, ge=0)
+    mlm_weight: float = Field(default=1.0, ge=0)
     vtc_positives: Literal["action", "identity"] = "action"
     vtc_directions: Literal["sum", "mean"] = "sum"
     vtm_hard_negatives: bool = True
-    mlm_probability: float = Field(0.5, gt=0, lt=1)
+    mlm_probability: float = Field(default=0.5, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -270,8 +279,8 @@ class ModelConfig(_Frozen):
     def gmacs_per_clip(self, text_length: int) -> Gmacs:
         """Cost of one clip with a caption of `text_length` tokens.
 
-        A training step runs one video pass, two text passes (captions, masked captions) and four fusion passes
-        (matching pair, two negatives, masked caption), less where a loss is switched off.
+        A training step runs one video pass, two text passes (captions, masked captions) and four fusion
+        passes (matching pair, two negatives, masked caption), less where a loss is switched off.
         """
         text = self.text
         layer = cost.text_layer_macs(text_length, text.width, text.mlp_width)

@@ -1,4 +1,6 @@
-"""Arithmetic of the model's size and cost from plain numbers; no tensors. Counts are multiply-accumulates (MACs)."""
+"""Arithmetic of the model's size and cost from plain numbers; no tensors. Counts are multiply-accumulates
+(MACs).
+"""
 
 from math import ceil
 

@@ -40,8 +40,9 @@ def ego_nce(
 ) -> Float[Tensor, ""]:
     """EgoNCE: -log of the probability mass on the positives, mean over rows, both directions.
 
-    `logits_GG` are cosines divided by the temperature. The published code adds the directions (`sum`); `mean` halves.
-    Written as logsumexp(all) - logsumexp(positives), which stays finite where softmax, mask, log does not.
+    `logits_GG` are cosines divided by the temperature. The published code adds the directions (`sum`); `mean`
+    halves. Written as logsumexp(all) - logsumexp(positives), which stays finite where softmax, mask, log does
+    not.
     """
     logits_GG = logits_GG.float()
     total = _nce_direction(logits_GG, positives_GG) + _nce_direction(logits_GG.T, positives_GG.T)
@@ -54,7 +55,9 @@ def _nce_direction(logits_GG: Tensor, positives_GG: Tensor) -> Tensor:
 
 
 def info_nce(logits_GG: Float[Tensor, "G G"], positives_GG: Bool[Tensor, "G G"]) -> Float[Tensor, ""]:
-    """Mean of the two cross-entropies with targets spread evenly over the positives (SViTT's contrastive loss)."""
+    """Mean of the two cross-entropies with targets spread evenly over the positives (SViTT's contrastive
+    loss).
+    """
     targets = positives_GG.float()
     rows = functional.cross_entropy(logits_GG.float(), targets / targets.sum(dim=1, keepdim=True))
     columns = functional.cross_entropy(logits_GG.float().T, targets.T / targets.T.sum(dim=1, keepdim=True))
@@ -62,7 +65,9 @@ def info_nce(logits_GG: Float[Tensor, "G G"], positives_GG: Bool[Tensor, "G G"])
 
 
 class Negatives(NamedTuple):
-    """For each text a video and for each video a text that do not match; `has_negative` False: row has none."""
+    """For each text a video and for each video a text that do not match; `has_negative` False: row has
+    none.
+    """
 
     video_of_text_B: Int[Tensor, " B"]
     text_of_video_B: Int[Tensor, " B"]
@@ -76,10 +81,12 @@ def sample_negatives(
     generator: torch.Generator,
     hard: bool = True,
 ) -> Negatives:
-    """Draw one negative for every text and every video, with probability softmax(logits) over the non-positives.
+    """Draw one negative for every text and every video, with probability softmax(logits) over the
+    non-positives.
 
-    `hard` False draws evenly among them. Positives are masked before the softmax, so a saturated one cannot leave a
-    row without mass. The draw is argmax(logits + Gumbel noise), the noise from the keyed CPU generator.
+    `hard` False draws evenly among them. Positives are masked before the softmax, so a saturated one cannot
+    leave a row without mass. The draw is argmax(logits + Gumbel noise), the noise from the keyed CPU
+    generator.
     """
     size = logits_BB.shape[0]
     uniform = torch.rand(2, size, size, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
@@ -92,7 +99,8 @@ def sample_negatives(
 
 
 def vtm_loss(logits_Q2: Float[Tensor, "Q 2"], has_negative_B: Bool[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Cross-entropy of matching over 3 B pairs: B matching, then B with a wrong video, then B with a wrong text.
+    """Cross-entropy of matching over 3 B pairs: B matching, then B with a wrong video, then B with a wrong
+    text.
 
     Rows without a negative are left out with all their pairs; 0 when no row has one.
     """

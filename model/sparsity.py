@@ -41,7 +41,9 @@ class EdgeLayout:
 
     @staticmethod
     def from_blocks(key_blocks_SK: Int[Tensor, "S K"], block_size: int, num_patches: int) -> "EdgeLayout":
-        """Layout from given lists. Raises ValueError for a wrong shape, an unknown block or one listed twice."""
+        """Layout from given lists. Raises ValueError for a wrong shape, an unknown block or one listed
+        twice.
+        """
         layout = EdgeLayout(key_blocks_SK, block_size, num_patches)
         rows = key_blocks_SK.tolist()
         if len(rows) != layout.num_blocks:
@@ -92,8 +94,9 @@ def draw_edge_layout(
 ) -> EdgeLayout:
     """Local blocks in order of offset, then random ones in ascending order.
 
-    Local blocks do not wrap round the ends. Random ones differ from the local ones; where fewer than `num_random`
-    blocks are left, all of them are taken, so that no block counts twice (model notes: clamped K_r).
+    Local blocks do not wrap round the ends. Random ones differ from the local ones; where fewer than
+    `num_random` blocks are left, all of them are taken, so that no block counts twice (model notes: clamped
+    K_r).
     """
     num_blocks = -(-num_patches // block_size)
     half = (num_local - 1) // 2 if num_local else -1

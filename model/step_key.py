@@ -1,4 +1,6 @@
-"""Randomness as a function of (seed, purpose, step, rank): every draw of the model takes its seed from here."""
+"""Randomness as a function of (seed, purpose, step, rank): every draw of the model takes its seed from
+here.
+"""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -25,7 +27,9 @@ class StepKey:
         return derive_seed(self.seed, purpose, self.step, self.rank, *index)
 
     def generator(self, purpose: str, *index: int) -> torch.Generator:
-        """CPU generator for one purpose. Draws are made on the CPU so that every device sees the same ones."""
+        """CPU generator for one purpose. Draws are made on the CPU so that every device sees the same
+        ones.
+        """
         return torch.Generator().manual_seed(self.integer(purpose, *index))
 
     def all_ranks(self) -> "StepKey":

@@ -1,4 +1,5 @@
-"""Text encoder and fusion layers, made of transformers' BERT blocks; captions are `[CLS] words [PAD]`, no [SEP].
+"""Text encoder and fusion layers, made of transformers' BERT blocks; captions are `[CLS] words [PAD]`, no
+[SEP].
 
 The first `fusion_layer` layers read text alone; the rest also attend to video tokens. The video side of the
 cross-attention is computed once a clip and shared by all the captions paired with it.
@@ -40,7 +41,9 @@ def bert_config(config: TextConfig, with_cross_attention: bool) -> BertConfig:
 
 
 class Fused(NamedTuple):
-    """Text states after the fusion layers, and the patches kept by each pruning (within what it was given)."""
+    """Text states after the fusion layers, and the patches kept by each pruning (within what it was
+    given).
+    """
 
     states_QLD: Float[Tensor, "Q L D"]
     keep_indices: tuple[Int[Tensor, "Q m"], ...]
@@ -98,7 +101,9 @@ def _split_heads(states: Tensor, num_heads: int) -> Tensor:
 
 
 class TiedDecoder(nn.Module):
-    """Linear map to the vocabulary whose matrix is the word embedding. The state dict holds the matrix only once."""
+    """Linear map to the vocabulary whose matrix is the word embedding. The state dict holds the matrix only
+    once.
+    """
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -148,11 +153,15 @@ class TextEncoder(nn.Module):
             BertLayer(bert_config(text, with_cross_attention=False)) for _ in range(text.fusion_layer)
         )
         self.layers.extend(FusionLayer(text, config.video.width) for _ in range(text.num_fusion_layers))
-        self.mlm_head = MlmHead(text, self.embeddings.word_embeddings.weight)
+        words = self.embeddings.word_embeddings.weight
+        assert isinstance(words, nn.Parameter)
+        self.mlm_head = MlmHead(text, words)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """BERT's: normal of `init_std` for matrices and embeddings, zero biases and padding row, unit norms."""
+        """BERT's: normal of `init_std` for matrices and embeddings, zero biases and padding row, unit
+        norms.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.text.init_std)
@@ -180,8 +189,8 @@ class TextEncoder(nn.Module):
     ) -> Fused:
         """Fusion layers over pairs: text row q with video row clip_Q[q] (None: row q).
 
-        With multimodal pruning, each pair keeps the patches that its text attends to most in a pruning layer; the
-        layers after it see only those. CLS of the video always stays.
+        With multimodal pruning, each pair keeps the patches that its text attends to most in a pruning layer;
+        the layers after it see only those. CLS of the video always stays.
         """
         config = self.config
         kept: Tensor | None = None
@@ -201,7 +210,8 @@ class TextEncoder(nn.Module):
         limit = self.config.text.max_length
         if text_ids_BL.shape != text_mask_BL.shape or text_ids_BL.dim() != 2:
             raise ModelInputError(
-                f"ids and mask must both be (B, L); got {tuple(text_ids_BL.shape)} and {tuple(text_mask_BL.shape)}"
+                "ids and mask must both be (B, L); "
+                f"got {tuple(text_ids_BL.shape)} and {tuple(text_mask_BL.shape)}"
             )
         if text_mask_BL.dtype != torch.bool:
             raise ModelInputError(f"text_mask must be bool (True at tokens), got {text_mask_BL.dtype}")
@@ -213,9 +223,9 @@ class TextEncoder(nn.Module):
         has_tokens = text_mask_BL.any(dim=1)
         if text_mask_BL.device.type != "cpu":
             # On an accelerator the check must not stop the stream: it is asserted there.
-            torch._assert_async(has_tokens.all(), "a caption has no tokens")
+            torch._assert_async(has_tokens.all(), "a caption has no tokens")  # pyright: ignore
         elif not bool(has_tokens.all()):
             rows = (~has_tokens).nonzero().flatten().tolist()
             raise ModelInputError(
-                f"captions in rows {rows} have no tokens: text_mask is all False; reject them earlier"
+                f"captions in rows {rows} have no tokens: text_mask is False throughout; reject them"
             )

@@ -1,7 +1,7 @@
 """The sparse video encoder of SViTT (arXiv 2304.08809): patches of all frames and one CLS, attended jointly.
 
-Edge sparsity: block layouts per layer. Node sparsity: after some layers only the patches that CLS attends to most
-are kept. There is no temporal embedding: order is known only through the relative position tables.
+Edge sparsity: block layouts per layer. Node sparsity: after some layers only the patches that CLS attends to
+most are kept. There is no temporal embedding: order is known only through the relative position tables.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import token_codes
-from model.blocks import NORM_EPS, VideoBlock
+from model.blocks import NORM_EPS, VideoAttention, VideoBlock
 from model.config import VideoConfig
 from model.errors import ModelInputError
 from model.sparsity import EdgeLayout, draw_layouts, keep_count, keep_patches, layouts_to, select_patches
@@ -22,7 +22,8 @@ from model.sparsity import EdgeLayout, draw_layouts, keep_count, keep_patches, l
 class VideoEncoding(NamedTuple):
     """Surviving tokens, CLS first, without a final norm; their pooled vector; what each pruning kept.
 
-    `keep_indices` has one entry per pruning layer: positions in the clip (frame by frame, row by row), ascending.
+    `keep_indices` has one entry per pruning layer: positions in the clip (frame by frame, row by row),
+    ascending.
     """
 
     tokens_BMD: Float[Tensor, "B M D"]
@@ -46,16 +47,18 @@ class VideoEncoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal of `init_std` for matrices and CLS, zero biases, position tables by `position_init`."""
+        """Truncated normal of `init_std` for matrices and CLS, zero biases, position tables by
+        `position_init`.
+        """
         std = self.config.init_std
+        nn.init.trunc_normal_(self.cls_token, std=std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
-        nn.init.trunc_normal_(self.cls_token, std=std)
-        for layer in self.layers:
-            nn.init.trunc_normal_(layer.attention.qkv_weight, std=std)
-            init_bias_table(layer.attention.bias_table, self.config)
+            if isinstance(module, VideoAttention):
+                nn.init.trunc_normal_(module.qkv_weight, std=std)
+                init_bias_table(module.bias_table, self.config)
 
     def forward(
         self,
@@ -65,8 +68,8 @@ class VideoEncoder(nn.Module):
     ) -> VideoEncoding:
         """Encode normalised clips.
 
-        Random edges are a function of `edge_seed` (None: the fixed seed of evaluation), unless `layouts` of all
-        layers are given. Raises ModelInputError when the clip's shape is not the configured one.
+        Random edges are a function of `edge_seed` (None: the fixed seed of evaluation), unless `layouts` of
+        all layers are given. Raises ModelInputError when the clip's shape is not the configured one.
         """
         config = self.config
         self._check(video_BTCHW)
@@ -130,9 +133,10 @@ class VideoEncoder(nn.Module):
 def init_bias_table(table_RA: Tensor, config: VideoConfig) -> None:
     """Fill a relative position table.
 
-    `zeros`: as BEiT; order is then learned from nothing. `normal`: N(0, position_init_scale). `time_offsets`: head a
-    prefers keys 0, 1 earlier, 1 later, 2 earlier ... frames away (bias -scale * distance from it), so that frame
-    order shows in the output from the first step. It is meant for small models trained from scratch.
+    `zeros`: as BEiT; order is then learned from nothing. `normal`: N(0, position_init_scale). `time_offsets`:
+    head a prefers keys 0, 1 earlier, 1 later, 2 earlier ... frames away (bias -scale * distance from it), so
+    that frame order shows in the output from the first step. It is meant for small models trained from
+    scratch.
     """
     nn.init.zeros_(table_RA)
     if config.position_init == "normal":

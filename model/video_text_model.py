@@ -47,7 +47,9 @@ class LossTerms(NamedTuple):
 
 
 class ActionTags(NamedTuple):
-    """What decides which rows are positives of one another: multi-hot verbs and nouns, and the clip if known."""
+    """What decides which rows are positives of one another: multi-hot verbs and nouns, and the clip if
+    known.
+    """
 
     verbs_BV: Bool[Tensor, "B V"]
     nouns_BU: Bool[Tensor, "B U"]
@@ -78,7 +80,9 @@ class _Similarity(NamedTuple):
 
 
 class VideoTextModel(nn.Module):
-    """Dual encoder with fusion. `forward` is one training loss; `encode_video`, `encode_text`, `fuse` the parts."""
+    """Dual encoder with fusion. `forward` is one training loss; `encode_video`, `encode_text`, `fuse` the
+    parts.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ class VideoTextModel(nn.Module):
         self.video_projection = nn.Linear(config.video.width, config.joint_width)
         self.text_projection = nn.Linear(config.text.width, config.joint_width)
         self.vtm_head = nn.Linear(config.text.width, 2)
-        # Shape (1,): sharded optimizers refuse parameters without an axis. A fixed temperature is no parameter.
+        # Shape (1,): sharded optimizers refuse parameters without an axis. A fixed one is no parameter.
         self.learned_temperature = (
             nn.Parameter(torch.full((1,), config.temperature)) if config.learn_temperature else None
         )
@@ -144,9 +148,9 @@ class VideoTextModel(nn.Module):
     ) -> LossTerms:
         """Training losses of one batch; rows are (clip, caption) pairs, scene neighbours included.
 
-        Contrastive features are gathered over ranks, which must hold equally many rows. Every draw is a function of
-        `key`; dropout reads torch's global generator, which is seeded from the key here and put back afterwards.
-        Rows with equal `clip_index_B` are positives of one another whatever their tags.
+        Contrastive features are gathered over ranks, which must hold equally many rows. Every draw is a
+        function of `key`; dropout reads torch's global generator, which is seeded from the key here and put
+        back afterwards. Rows with equal `clip_index_B` are positives of one another whatever their tags.
         """
         config = self.config
         tags = ActionTags(verbs_BV, nouns_BU, clip_index_B)
@@ -203,7 +207,9 @@ class VideoTextModel(nn.Module):
         similarity: _Similarity,
         key: StepKey,
     ) -> Tensor:
-        """States of all pairs in one pass: with vtm B matching, B wrong videos, B wrong texts; then B masked texts."""
+        """States of all pairs in one pass: with vtm B matching, B wrong videos, B wrong texts; then B masked
+        texts.
+        """
         local, own_B = similarity.local, torch.arange(len(text_mask_BL), device=text_mask_BL.device)
         states, masks, clips = [], [], []
         if self.config.vtm_weight:

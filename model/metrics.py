@@ -1,0 +1,116 @@
+"""Scores from similarities: EgoMCQ with its interval, and retrieval. Pure: tensors in, numbers out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+EGOMCQ_KINDS = ("inter", "intra")
+
+
+@dataclass(frozen=True, slots=True)
+class McqScore:
+    """Result of one kind of question; shares in percent. Unreadable questions are not among the scored
+    ones.
+    """
+
+    num_scored: int
+    num_correct: int
+    num_ties: int
+    accuracy: float
+    interval_low: float
+    interval_high: float
+
+
+def egomcq_scores(
+    text_features_QP: Float[Tensor, "Q P"], choice_features_QKP: Float[Tensor, "Q K P"]
+) -> Float[Tensor, "Q K"]:
+    """Cosine of each question's text with its choices, float32; inputs need not be normalised."""
+    text = torch.nn.functional.normalize(text_features_QP.float(), dim=-1)
+    choices = torch.nn.functional.normalize(choice_features_QKP.float(), dim=-1)
+    return torch.einsum("qp,qkp->qk", text, choices)
+
+
+def egomcq_accuracy(
+    scores_QK: Float[Tensor, "Q K"], answers_Q: Int[Tensor, " Q"], kinds: Sequence[str]
+) -> dict[str, McqScore]:
+    """Accuracy for each kind of question (`inter`, `intra`), in that order; no overall mean.
+
+    A question is right when the answer's score is greater than every other; a tie with the best other is
+    wrong and counted. A score that is not a number makes its question wrong. Kinds without questions are left
+    out. Raises ValueError for lengths that differ, an unknown kind, or an answer outside the choices.
+    """
+    num_questions, num_choices = scores_QK.shape
+    if len(answers_Q) != num_questions or len(kinds) != num_questions:
+        raise ValueError(
+            f"{num_questions} score rows, {len(answers_Q)} answers, {len(kinds)} kinds: must be equal"
+        )
+    unknown = sorted(set(kinds) - set(EGOMCQ_KINDS))
+    if unknown:
+        raise ValueError(f"unknown kinds of question {unknown}; known are {list(EGOMCQ_KINDS)}")
+    if num_questions and not 0 <= int(answers_Q.min()) <= int(answers_Q.max()) < num_choices:
+        raise ValueError(
+            f"answers must lie in 0..{num_choices - 1}, found {answers_Q.min()}..{answers_Q.max()}"
+        )
+    answer_Q1 = answers_Q[:, None]
+    of_answer_Q = scores_QK.gather(1, answer_Q1).squeeze(1)
+    best_other_Q = scores_QK.scatter(1, answer_Q1, float("-inf")).max(dim=1).values
+    correct_Q, tied_Q = of_answer_Q > best_other_Q, of_answer_Q == best_other_Q
+    results = {}
+    for kind in EGOMCQ_KINDS:
+        chosen = torch.tensor([own == kind for own in kinds], dtype=torch.bool, device=scores_QK.device)
+        scored = int(chosen.sum())
+        if scored:
+            correct = int((correct_Q & chosen).sum())
+            low, high = wilson_interval(correct, scored)
+            results[kind] = McqScore(
+                scored, correct, int((tied_Q & chosen).sum()), 100 * correct / scored, 100 * low, 100 * high
+            )
+    return results
+
+
+def wilson_interval(num_correct: int, num_trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share, 95 % by default; (0, 1) when nothing was tried."""
+    if num_trials == 0:
+        return 0.0, 1.0
+    share = num_correct / num_trials
+    denominator = 1 + z**2 / num_trials
+    centre = (share + z**2 / (2 * num_trials)) / denominator
+    half = z / denominator * sqrt(share * (1 - share) / num_trials + z**2 / (4 * num_trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalScore:
+    """One direction of retrieval; recalls in percent, ranks from 1."""
+
+    recall_1: float
+    recall_5: float
+    recall_10: float
+    median_rank: float
+    num_queries: int
+
+
+def retrieval(
+    similarity_QC: Float[Tensor, "Q C"], targets_Q: Int[Tensor, " Q"] | None = None
+) -> RetrievalScore:
+    """Recall of each query's target (default: the diagonal). Ties count against the query.
+
+    Swap the axes for the other direction. Raises ValueError when there is nothing to rank.
+    """
+    num_queries, num_candidates = similarity_QC.shape
+    if num_queries == 0 or num_candidates == 0:
+        raise ValueError(f"nothing to rank: similarity has shape {tuple(similarity_QC.shape)}")
+    if targets_Q is None:
+        if num_queries != num_candidates:
+            raise ValueError(f"similarity {tuple(similarity_QC.shape)} is not square: name the targets")
+        targets_Q = torch.arange(num_queries, device=similarity_QC.device)
+    own = similarity_QC.gather(1, targets_Q[:, None])
+    # "Not less" and not ">=": a score that is not a number ranks ahead of the target, never behind it.
+    rank_Q = (~(similarity_QC < own)).sum(dim=1).clamp_min(1)
+    recall_1, recall_5, recall_10 = (100 * float((rank_Q <= k).float().mean()) for k in (1, 5, 10))
+    median_rank = float(rank_Q.double().quantile(0.5))
+    return RetrievalScore(recall_1, recall_5, recall_10, median_rank, num_queries)
