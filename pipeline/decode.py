@@ -34,7 +34,7 @@ _REORDER_FRAMES = 17
 
 
 class FileCursor:
-    """Decodes one file forwards. Times are seconds of the whole video; `start_s` is the file's place in it."""
+    """Decodes one file forwards. Times are seconds of the whole video, `start_s` the file's first."""
 
     def __init__(self, path: str, video_uid: str, start_s: float, source: int) -> None:
         self._path = path

@@ -9,14 +9,15 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType, DALIInterpType
 
 from pipeline.errors import DataError
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short_side` and the shape kept; smaller frames stay as they are."""
+    """(height, width) with the short side at `short_side`, shape kept; smaller frames stay as they are."""
     if min(height, width) <= short_side:
         return height, width
     if height <= width:
@@ -26,7 +27,9 @@ def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]
 
 def resize_graph(images: Any, height: Any, width: Any) -> Any:
     """The one resize of the project as a DALI graph node: linear, with antialiasing when shrinking."""
-    return fn.resize(images, resize_y=height, resize_x=width, interp_type=types.INTERP_LINEAR, antialias=True)
+    return fn.resize(
+        images, resize_y=height, resize_x=width, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
+    )
 
 
 class FrameResizer:
@@ -49,9 +52,9 @@ class FrameResizer:
             exec_dynamic=True,
         )
         with self._pipeline:
-            frames = fn.external_source(name="frames", dtype=types.UINT8, ndim=3, layout="HWC")
-            height = fn.external_source(name="height", dtype=types.FLOAT, ndim=0)
-            width = fn.external_source(name="width", dtype=types.FLOAT, ndim=0)
+            frames = fn.external_source(name="frames", dtype=DALIDataType.UINT8, ndim=3, layout="HWC")
+            height = fn.external_source(name="height", dtype=DALIDataType.FLOAT, ndim=0)
+            width = fn.external_source(name="width", dtype=DALIDataType.FLOAT, ndim=0)
             moved = frames.gpu() if device == "gpu" else frames
             self._pipeline.set_outputs(resize_graph(moved, height, width))
         self._pipeline.build()
@@ -61,7 +64,7 @@ class FrameResizer:
         resized: list[np.ndarray] = []
         for first in range(0, len(frames), self.max_frames):
             group = list(frames[first : first + self.max_frames])
-            sizes = [short_side_size(*frame.shape[:2], self.short_side) for frame in group]
+            sizes = [short_side_size(frame.shape[0], frame.shape[1], self.short_side) for frame in group]
             (output,) = self._pipeline.run(
                 frames=group,
                 height=[np.float32(height) for height, _width in sizes],

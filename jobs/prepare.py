@@ -1,0 +1,251 @@
+"""Annotations and videos to verified shards: `train` from an EgoClip file, `egomcq` from an EgoMCQ file.
+
+Where the work runs is an argument: `mapper(fn, items)` yields results in any order. A rerun does what is
+missing; the bytes do not depend on the number of workers.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from jobs.progress import ProgressReport
+from pipeline.config import PrepareConfig
+from pipeline.egoclip import ClipRecord, ReadReport, read_egoclip
+from pipeline.egomcq import read_egomcq
+from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError
+from pipeline.manifest import (
+    REJECTED_FILE,
+    Manifest,
+    build_manifest,
+    unpublish,
+    write_manifest,
+    write_rejected,
+)
+from pipeline.narrations import Taxonomy, read_taxonomy
+from pipeline.prepare import ShardPlan, build_shard, find_video, plan_shards, shard_settings
+from pipeline.questions import QUESTIONS_FILE, build_question_set, questions_to_bytes
+from pipeline.shards import ShardReceipt, read_receipt, sha256_of_file, shard_paths, write_atomically
+from pipeline.text import build_vocabulary
+
+VOCABULARY_FILE = "vocab.txt"
+TRAIN, EGOMCQ = "train", "egomcq"
+NUM_EXAMPLES = 5
+# Rows that carried a clip and do not any more; a repeated row is no loss.
+LOST_ROW_REASONS = (Reason.BAD_ROW, Reason.END_BEFORE_START, Reason.OUTSIDE_VIDEO, Reason.EMPTY_CAPTION)
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class Mapper(Protocol):
+    """Runs `fn` on every item, here or on a cluster; yields the results in any order."""
+
+    def __call__(self, fn: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]: ...
+
+
+def serial_mapper(fn: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
+    """One item after the other in this process."""
+    return (fn(item) for item in items)
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """The published sets. `read_report` says what became of the rows of the EgoClip file."""
+
+    train: Manifest
+    egomcq: Manifest | None
+    read_report: ReadReport
+
+
+@dataclass(frozen=True)
+class _ShardSet:
+    """One set under way: where it goes, its receipts in order, and rows of the annotations that were no
+    clips.
+    """
+
+    name: str
+    out_dir: Path
+    receipts: list[ShardReceipt]
+    num_lost_rows: int = 0
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(len(receipt.rejected) for receipt in self.receipts)
+
+    @property
+    def stored_ids(self) -> set[str]:
+        return {clip.clip_id for receipt in self.receipts for clip in receipt.clips}
+
+
+def run_prepare(
+    egoclip_tsv: str | Path,
+    egomcq_json: str | Path | None,
+    videos_dir: str | Path,
+    taxonomy: str | Path | None,
+    out_dir: str | Path,
+    config: PrepareConfig,
+    mapper: Mapper,
+    progress: ProgressReport,
+) -> PrepareResult:
+    """Prepare out_dir/train and, when an EgoMCQ file is given, out_dir/egomcq.
+
+    Raises DataError for annotations that cannot be used at all, and TooManyRejectedError when more than
+    `config.max_rejected_share` of a set is lost; by then all shards and the list of losses are on disk.
+    """
+    records, read_report = read_egoclip(Path(egoclip_tsv))
+    if not records:
+        raise DataError(f"read {egoclip_tsv}: no row can be used: {'; '.join(read_report.lines())}")
+    questions = read_egomcq(Path(egomcq_json)) if egomcq_json is not None else []
+    choices = list({clip.clip_id: clip for question in questions for clip in question.choices}.values())
+    found_taxonomy = read_taxonomy(Path(taxonomy)) if taxonomy is not None else None
+    num_tags = _num_tags([*records, *choices], found_taxonomy)
+
+    def build(name: str, clips: Sequence[ClipRecord], num_lost_rows: int = 0) -> _ShardSet:
+        receipts = _build_shards(name, clips, str(videos_dir), Path(out_dir) / name, config, mapper, progress)
+        write_rejected(Path(out_dir) / name, receipts)
+        return _ShardSet(name, Path(out_dir) / name, receipts, num_lost_rows)
+
+    def publish(built: _ShardSet, files: dict[str, bytes], source: dict[str, Any]) -> Manifest:
+        return _publish(built, files, shard_settings(config), found_taxonomy, num_tags, source)
+
+    train = build(TRAIN, records, sum(read_report.counts.get(reason, 0) for reason in LOST_ROW_REASONS))
+    mcq = build(EGOMCQ, choices) if questions else None
+    _hold_to_budget([train] if mcq is None else [train, mcq], config.max_rejected_share)
+    vocabulary = build_vocabulary(clip.caption for receipt in train.receipts for clip in receipt.clips)
+    vocabulary_bytes = "".join(f"{token}\n" for token in vocabulary).encode()
+    train_manifest = publish(
+        train, {VOCABULARY_FILE: vocabulary_bytes}, _train_source(egoclip_tsv, read_report)
+    )
+    if mcq is None or egomcq_json is None:
+        return PrepareResult(train_manifest, None, read_report)
+    reversed_verbs = found_taxonomy.reversed_verbs if found_taxonomy is not None else ()
+    question_set = build_question_set(questions, mcq.stored_ids, reversed_verbs)
+    source = {
+        "file": Path(egomcq_json).name,
+        "sha256": sha256_of_file(egomcq_json),
+        "questions": len(questions),
+        "unreadable": len(question_set.unreadable),
+    }
+    mcq_manifest = publish(mcq, {QUESTIONS_FILE: questions_to_bytes(question_set)}, source)
+    return PrepareResult(train_manifest, mcq_manifest, read_report)
+
+
+def _train_source(egoclip_tsv: str | Path, report: ReadReport) -> dict[str, Any]:
+    return {
+        "file": Path(egoclip_tsv).name,
+        "sha256": sha256_of_file(egoclip_tsv),
+        "rows": report.rows,
+        "kept": report.kept,
+        "counts": {str(reason): count for reason, count in sorted(report.counts.items())},
+    }
+
+
+def _num_tags(clips: Sequence[ClipRecord], taxonomy: Taxonomy | None) -> tuple[int, int]:
+    """Widths of the multi-hot tags. Raises DataError for a tag that the taxonomy does not have."""
+    widths: list[int] = []
+    for kind in ("verbs", "nouns"):
+        largest = max(
+            ((max(getattr(clip, kind), default=-1), clip.clip_id) for clip in clips), default=(-1, "")
+        )
+        names = getattr(taxonomy, kind) if taxonomy is not None else None
+        if names is not None and largest[0] >= len(names):
+            raise DataError(
+                f"clip {largest[1]} has the {kind} class {largest[0]}, the taxonomy has {len(names)} {kind}; "
+                "use the taxonomy the clips were tagged with"
+            )
+        widths.append(len(names) if names is not None else max(1, largest[0] + 1))
+    return widths[0], widths[1]
+
+
+def _build_shards(
+    name: str,
+    clips: Sequence[ClipRecord],
+    videos_dir: str,
+    out_dir: Path,
+    config: PrepareConfig,
+    mapper: Mapper,
+    progress: ProgressReport,
+) -> list[ShardReceipt]:
+    """All receipts of a set in shard order; what is finished and undamaged is only checked."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    video_uids = sorted({clip.video_uid for clip in clips})
+    timelines: dict[str, Any] = {}
+    with progress.task(f"{name}: finding videos", len(video_uids)) as task:
+        for video_uid, found in mapper(
+            partial(find_video, videos_dir=videos_dir, layout=config.layout), video_uids
+        ):
+            timelines[video_uid] = found
+            task.advance()
+    plans = plan_shards(clips, timelines, config)
+    if not all(_looks_finished(out_dir, plan) for plan in plans):
+        unpublish(out_dir)
+    receipts: dict[str, ShardReceipt] = {}
+    with progress.task(f"{name}: shards", len(plans)) as task:
+        for receipt in mapper(partial(build_shard, out_dir=out_dir), plans):
+            receipts[receipt.name] = receipt
+            task.advance(note=f"{sum(r.num_clips for r in receipts.values())} clips")
+    return [receipts[plan.name] for plan in plans]
+
+
+def _looks_finished(out_dir: Path, plan: ShardPlan) -> bool:
+    """Cheap look before the work: checksums are compared by the task itself."""
+    tar_path, receipt_path = shard_paths(out_dir, plan.name)
+    try:
+        receipt = read_receipt(receipt_path)
+    except ShardError:
+        return False
+    has_tar = tar_path.is_file() and tar_path.stat().st_size == receipt.bytes
+    return receipt.content_key == plan.content_key and (has_tar or not receipt.clips)
+
+
+def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> None:
+    faults: list[str] = []
+    for built in sets:
+        num_clips = sum(receipt.num_clips for receipt in built.receipts)
+        lost = built.num_rejected + built.num_lost_rows
+        share = lost / max(1, num_clips + lost)
+        if num_clips and share <= max_rejected_share:
+            continue
+        rejected = [clip for receipt in built.receipts for clip in receipt.rejected]
+        counts = Counter(clip.reason.value for clip in rejected)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+        examples = "".join(
+            f"\n    {clip.clip_id}: {clip.reason.value}: {clip.detail}" for clip in rejected[:NUM_EXAMPLES]
+        )
+        faults.append(
+            f"{built.name}: {lost} of {num_clips + lost} clips lost ({share:.1%}, allowed {max_rejected_share:.1%}): "
+            f"{reasons or 'no rejected clip'}; {built.num_lost_rows} unusable rows. "
+            f"All are listed in {built.out_dir / REJECTED_FILE}; the first:{examples}"
+        )
+    if faults:
+        raise TooManyRejectedError(
+            "\n".join(faults)
+            + "\nRepair or add the videos and run prepare again (finished shards are kept), or "
+            "raise prepare.max_rejected_share."
+        )
+
+
+def _publish(
+    built: _ShardSet,
+    files: dict[str, bytes],
+    settings: dict[str, Any],
+    taxonomy: Taxonomy | None,
+    num_tags: tuple[int, int],
+    source: dict[str, Any],
+) -> Manifest:
+    for file_name, content in files.items():
+        write_atomically(built.out_dir / file_name, content)
+    checksums = {file_name: sha256_of_file(built.out_dir / file_name) for file_name in files}
+    manifest = build_manifest(
+        built.name,
+        built.receipts,
+        settings,
+        checksums,
+        taxonomy.to_json() if taxonomy is not None else None,
+        num_tags,
+        source,
+    )
+    write_manifest(built.out_dir, manifest, built.receipts)
+    return manifest

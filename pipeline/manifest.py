@@ -1,0 +1,219 @@
+"""A set of shards: manifest.json, the clip index, the rejections, published together.
+
+The manifest is written last and atomically, so a set with a manifest is complete. Its fingerprint covers the
+settings, the checksums of all shards and of the files beside them; checkpoints and reports carry it.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ShardError
+from pipeline.shards import (
+    ShardReceipt,
+    sha256_of_file,
+    shard_paths,
+    to_json_bytes,
+    write_atomically,
+)
+
+MANIFEST_FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.parquet"
+REJECTED_FILE = "rejected.jsonl"
+_SHARD_FILE = re.compile(r"(shard-\d{5,})\.(tar|json)")
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("shard", pa.int32()),
+        ("video_uid", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("narration_s", pa.float64()),
+        ("caption", pa.string()),
+        ("verbs", pa.list_(pa.int32())),
+        ("nouns", pa.list_(pa.int32())),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("frame_offsets", pa.list_(pa.int64())),
+        ("frame_sizes", pa.list_(pa.int32())),
+        ("frame_crc32", pa.list_(pa.uint32())),
+    ]
+)
+
+
+class ShardEntry(BaseModel):
+    """One shard of the set. A shard whose clips were all rejected has no entry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
+    bytes: int
+    num_clips: int
+
+
+class Manifest(BaseModel):
+    """What a set of shards holds. `settings` are those of prepare, `source` the annotation file and its
+    counts.
+
+    `files` maps the name of a file beside the manifest (vocab.txt, questions.json) to its SHA-256.
+    `num_verbs` and `num_nouns` are the widths of the multi-hot tags.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = MANIFEST_FORMAT
+    name: str
+    fingerprint: str
+    num_clips: int
+    num_planned: int
+    num_rejected: int
+    rejected_by_reason: dict[str, int]
+    repeated_frames: int
+    clips_with_repeated_frames: int
+    bytes: int
+    num_frames: int
+    num_verbs: int
+    num_nouns: int
+    shards: tuple[ShardEntry, ...]
+    files: dict[str, str]
+    settings: dict[str, Any]
+    taxonomy: dict[str, Any] | None
+    source: dict[str, Any]
+
+
+def build_manifest(
+    name: str,
+    receipts: Sequence[ShardReceipt],
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    taxonomy: Mapping[str, Any] | None,
+    num_tags: tuple[int, int],
+    source: Mapping[str, Any],
+) -> Manifest:
+    """Sum up receipts (in order of shard name). `num_tags` = (num_verbs, num_nouns)."""
+    entries = tuple(
+        ShardEntry(name=r.name, sha256=r.sha256, bytes=r.bytes, num_clips=r.num_clips)
+        for r in receipts
+        if r.clips
+    )
+    reasons = Counter(rejected.reason.value for receipt in receipts for rejected in receipt.rejected)
+    clips = [clip for receipt in receipts for clip in receipt.clips]
+    covered = {
+        "format": MANIFEST_FORMAT,
+        "settings": settings,
+        "shards": [entry.sha256 for entry in entries],
+        "files": files,
+        "taxonomy": taxonomy,
+    }
+    return Manifest(
+        name=name,
+        fingerprint=hashlib.sha256(to_json_bytes(covered)).hexdigest(),
+        num_clips=len(clips),
+        num_planned=len(clips) + sum(reasons.values()),
+        num_rejected=sum(reasons.values()),
+        rejected_by_reason=dict(sorted(reasons.items())),
+        repeated_frames=sum(clip.repeated_frames for clip in clips),
+        clips_with_repeated_frames=sum(clip.repeated_frames > 0 for clip in clips),
+        bytes=sum(entry.bytes for entry in entries),
+        num_frames=settings["num_frames"],
+        num_verbs=num_tags[0],
+        num_nouns=num_tags[1],
+        shards=entries,
+        files=dict(files),
+        settings=dict(settings),
+        taxonomy=dict(taxonomy) if taxonomy is not None else None,
+        source=dict(source),
+    )
+
+
+def write_rejected(out_dir: str | Path, receipts: Sequence[ShardReceipt]) -> Path:
+    """Write rejected.jsonl, one clip a line, in plan order; an empty file when nothing was rejected."""
+    path = Path(out_dir) / REJECTED_FILE
+    lines = [
+        to_json_bytes({**rejected.model_dump(mode="json"), "shard": receipt.name})
+        for receipt in receipts
+        for rejected in receipt.rejected
+    ]
+    write_atomically(path, b"".join(lines))
+    return path
+
+
+def write_manifest(out_dir: str | Path, manifest: Manifest, receipts: Sequence[ShardReceipt]) -> None:
+    """Publish a finished set: index first, manifest last, then remove shards that no longer belong to it."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(_index_table(receipts), sink, compression="zstd")
+    write_atomically(Path(out_dir) / INDEX_FILE, sink.getvalue().to_pybytes())
+    write_atomically(Path(out_dir) / MANIFEST_FILE, to_json_bytes(manifest.model_dump(mode="json")))
+    current = {receipt.name for receipt in receipts}
+    for path in Path(out_dir).iterdir():
+        match = _SHARD_FILE.fullmatch(path.name)
+        is_stale = match is not None and match.group(1) not in current
+        if is_stale or (path.name.startswith(".") and path.name.endswith(".partial")):
+            path.unlink(missing_ok=True)
+
+
+def unpublish(out_dir: str | Path) -> None:
+    """Take the manifest away before shards are replaced: a half-changed set must not look complete."""
+    (Path(out_dir) / MANIFEST_FILE).unlink(missing_ok=True)
+
+
+def _index_table(receipts: Sequence[ShardReceipt]) -> pa.Table:
+    stored = [receipt for receipt in receipts if receipt.clips]
+    rows = [
+        {**clip.model_dump(include=set(INDEX_SCHEMA.names)), "shard": number}
+        for number, receipt in enumerate(stored)
+        for clip in receipt.clips
+    ]
+    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+
+
+def read_manifest(shards_dir: str | Path) -> Manifest:
+    """Read manifest.json. Raises ShardError when it is absent, damaged or of another format version."""
+    path = Path(shards_dir) / MANIFEST_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ShardError(
+            f"read {path}: {error.strerror}; the shards are unfinished or elsewhere. "
+            "Run prepare, which goes on where it stopped"
+        ) from error
+    try:
+        found_format = json.loads(content).get("format")
+        if found_format != MANIFEST_FORMAT:
+            raise ShardError(
+                f"read {path}: format {found_format}, expected {MANIFEST_FORMAT}; run prepare again"
+            )
+        return Manifest.model_validate_json(content)
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise ShardError(f"read {path}: {error}; run prepare again: it rewrites the file") from error
+
+
+def verify_set(shards_dir: str | Path, manifest: Manifest, is_full: bool = True) -> list[str]:
+    """Names and faults of files that differ from the manifest: sizes always, checksums when `is_full`."""
+    faults: list[str] = []
+    for entry in manifest.shards:
+        path, _receipt = shard_paths(shards_dir, entry.name)
+        if not path.is_file():
+            faults.append(f"{path.name}: missing")
+        elif path.stat().st_size != entry.bytes:
+            faults.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {entry.bytes}")
+        elif is_full and sha256_of_file(path) != entry.sha256:
+            faults.append(f"{path.name}: its SHA-256 differs from the manifest")
+    for name, sha256 in manifest.files.items():
+        path = Path(shards_dir) / name
+        if not path.is_file():
+            faults.append(f"{name}: missing")
+        elif sha256_of_file(path) != sha256:
+            faults.append(f"{name}: its SHA-256 differs from the manifest")
+    return faults
