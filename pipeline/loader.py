@@ -1,0 +1,290 @@
+"""Rows of a `ClipStore` to batches: read, decode, crop and resize by DALI, tokenise, ahead of the training
+step.
+
+A batch is a function of (seed, step, rank share) only. uint8 leaves this module; normalising belongs to the
+model's device. A damaged clip raises `ClipError` in the consumer; it is not skipped here.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType, DALIImageType
+from torch import Tensor
+
+from pipeline.augment import FrameOrder, Window, draw_frames, draw_window, middle_frames, reorder_frames
+from pipeline.config import LoaderConfig
+from pipeline.errors import ClipError, DataError, Reason
+from pipeline.order import SampleOrder, rank_slice, scene_companions
+from pipeline.resize import resize_graph
+from pipeline.store import ClipStore
+from pipeline.text import CaptionTokenizer
+
+__all__ = ["Batch", "BatchLoader", "ClipView", "FrameOrder", "FramePipeline", "eval_batches"]
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B clips. With companions the first half are anchors and row i + B/2 is the companion of row i.
+
+    `index_B` holds row numbers of the store; V and U are the verb and noun classes of its taxonomy.
+    """
+
+    video_BTCHW: UInt8[Tensor, "B T C H W"]  # noqa: N815
+    text_ids_BL: Int64[Tensor, "B L"]  # noqa: N815
+    text_mask_BL: Bool[Tensor, "B L"]  # noqa: N815
+    verbs_BV: Bool[Tensor, "B V"]  # noqa: N815
+    nouns_BU: Bool[Tensor, "B U"]  # noqa: N815
+    clip_ids: tuple[str, ...]
+    index_B: Int64[Tensor, " B"]  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class ClipView:
+    """What a batch shows of a clip: stored frames in the order shown, one window for all of them."""
+
+    row: int
+    frames: Int64[np.ndarray, " T"]
+    window: Window
+
+
+class FramePipeline:
+    """The DALI graph from JPEG bytes and windows to square frames; built once, for up to `max_clips` clips.
+
+    On the GPU the same graph decodes with the JPEG engine; that path has never been run on a GPU.
+    """
+
+    def __init__(
+        self,
+        max_clips: int,
+        num_frames: int,
+        image_size: int,
+        num_threads: int = 1,
+        device: Literal["cpu", "gpu"] = "cpu",
+    ) -> None:
+        self.num_frames = num_frames
+        self.image_size = image_size
+        self._device = device
+        self._pipeline = Pipeline(
+            batch_size=max_clips * num_frames,
+            num_threads=num_threads,
+            device_id=torch.cuda.current_device() if device == "gpu" else None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        with self._pipeline:
+            jpeg = fn.external_source(name="jpeg", dtype=DALIDataType.UINT8, ndim=1)
+            start = fn.external_source(name="start", dtype=DALIDataType.INT32, ndim=1)
+            shape = fn.external_source(name="shape", dtype=DALIDataType.INT32, ndim=1)
+            window = fn.decoders.image_slice(
+                jpeg,
+                start=start,
+                shape=shape,
+                axes=(0, 1),
+                output_type=DALIImageType.RGB,
+                device="mixed" if device == "gpu" else "cpu",
+            )
+            self._pipeline.set_outputs(resize_graph(window, float(image_size), float(image_size)))
+        self._pipeline.build()
+
+    def decode(self, store: ClipStore, views: Sequence[ClipView]) -> UInt8[Tensor, "B T C H W"]:
+        """Read and decode the views. Raises ClipError naming the clip, shard and frame that cannot be."""
+        jpegs = [store.read_frame(view.row, int(frame)) for view in views for frame in view.frames]
+        starts = [np.asarray(view.window[:2], dtype=np.int32) for view in views for _ in view.frames]
+        shapes = [np.asarray(view.window[2:], dtype=np.int32) for view in views for _ in view.frames]
+        try:
+            frames = self._run(jpegs, starts, shapes)
+        except RuntimeError as error:
+            raise self._find_damaged(store, views, error) from error
+        size = self.image_size
+        video_BTHWC = frames.view(len(views), self.num_frames, size, size, 3)
+        return video_BTHWC.permute(0, 1, 4, 2, 3).contiguous()
+
+    def _run(self, jpegs: list[Any], starts: list[Any], shapes: list[Any]) -> Tensor:
+        (output,) = self._pipeline.run(jpeg=jpegs, start=starts, shape=shapes)
+        # DALI uses its buffers again in the next run.
+        if self._device == "gpu":
+            return torch.from_dlpack(output.as_tensor()).clone()
+        return torch.from_numpy(np.array(output.as_tensor()))
+
+    def _find_damaged(self, store: ClipStore, views: Sequence[ClipView], error: RuntimeError) -> DataError:
+        """One frame at a time, after a batch failed: DALI does not say which one it was."""
+        for view in views:
+            start, shape = (np.asarray(part, dtype=np.int32) for part in (view.window[:2], view.window[2:]))
+            for frame in view.frames:
+                try:
+                    self._run([store.read_frame(view.row, int(frame))], [start], [shape])
+                except RuntimeError:
+                    name = store.shard_name(view.row)
+                    detail = f"frame {frame} in {name}.tar is no JPEG image that can be decoded"
+                    return ClipError(store.clip_id(view.row), Reason.DAMAGED_FRAME, detail)
+        return DataError(f"DALI failed on a batch of {len(views)} clips but decodes each one alone: {error}")
+
+
+def collate(
+    store: ClipStore, views: Sequence[ClipView], tokenizer: CaptionTokenizer, pipeline: FramePipeline
+) -> Batch:
+    """Views to a batch."""
+    rows = np.asarray([view.row for view in views], dtype=np.int64)
+    text_ids_BL, text_mask_BL = tokenizer([store.caption(row) for row in rows])
+    return Batch(
+        video_BTCHW=pipeline.decode(store, views),
+        text_ids_BL=text_ids_BL,
+        text_mask_BL=text_mask_BL,
+        verbs_BV=torch.from_numpy(store.verbs_of(rows)),
+        nouns_BU=torch.from_numpy(store.nouns_of(rows)),
+        clip_ids=tuple(store.clip_id(row) for row in rows),
+        index_B=torch.from_numpy(rows),
+    )
+
+
+class BatchLoader:
+    """Training batches of one rank. Any rank of any world size sees its share of the same global batches.
+
+    Raises DataError on construction when an epoch holds less than one global batch, when the batch does not
+    divide over the ranks, or when more frames are wanted than are stored.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        tokenizer: CaptionTokenizer,
+        config: LoaderConfig,
+        num_frames: int,
+        seed: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        with_companions: bool = False,
+    ) -> None:
+        self._store = store
+        self._tokenizer = tokenizer
+        self._config = config
+        self._num_frames = num_frames
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._order = SampleOrder(seed, store.shard_sizes, global_batch_size, config.shuffle_window_shards)
+        self._scenes = store.scene_index() if with_companions else None
+        share = rank_slice(np.arange(global_batch_size), rank, world_size)
+        self._local_batch_size = len(share) * (2 if with_companions else 1)
+        middle_frames(store.num_frames, num_frames)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches per epoch."""
+        return self._order.steps_per_epoch
+
+    def views(self, step: int) -> list[ClipView]:
+        """What this rank shows at `step`: pure, reads no frame."""
+        anchors = rank_slice(self._order.batch_ids(step), self._rank, self._world_size)
+        rows = anchors
+        if self._scenes is not None:
+            rows = np.concatenate([anchors, scene_companions(self._scenes, anchors, self._seed, step)])
+        epoch = self._order.epoch_of(step)
+        return [self._view(int(row), epoch) for row in rows]
+
+    def batches_from(self, step: int) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) from `step` on without end, decoded ahead in a thread. Closing the iterator ends it."""
+
+        def produce() -> Iterator[tuple[int, Batch]]:
+            pipeline = FramePipeline(
+                self._local_batch_size,
+                self._num_frames,
+                self._config.image_size,
+                self._config.num_threads,
+                self._config.device,
+            )
+            for now in count(step):
+                yield now, collate(self._store, self.views(now), self._tokenizer, pipeline)
+
+        return prefetch(produce, self._config.prefetch_batches)
+
+    def _view(self, row: int, epoch: int) -> ClipView:
+        store, clip_id = self._store, self._store.clip_id(row)
+        height, width = int(store.height[row]), int(store.width[row])
+        window = draw_window(self._seed, epoch, clip_id, height, width, self._config.crop_scale)
+        frames = draw_frames(self._seed, epoch, clip_id, store.num_frames, self._num_frames)
+        return ClipView(row, frames, window)
+
+
+def eval_batches(
+    store: ClipStore,
+    rows: Sequence[int] | np.ndarray,
+    tokenizer: CaptionTokenizer,
+    config: LoaderConfig,
+    num_frames: int,
+    batch_size: int,
+    frame_order: FrameOrder = "ordered",
+    seed: int = 0,
+) -> Iterator[Batch]:
+    """Batches of the given rows in their order, the last one possibly smaller; repeatable.
+
+    Whole frames are resized to the square, frames are the middles of `num_frames` equal segments of the
+    stored ones. `frame_order` and `seed` serve the temporal probe.
+    """
+    chosen = middle_frames(store.num_frames, num_frames)
+
+    def produce() -> Iterator[Batch]:
+        pipeline = FramePipeline(batch_size, num_frames, config.image_size, config.num_threads, config.device)
+        for first in range(0, len(rows), batch_size):
+            views: list[ClipView] = []
+            for row in rows[first : first + batch_size]:
+                frames = reorder_frames(chosen, frame_order, seed, store.clip_id(row))
+                views.append(
+                    ClipView(int(row), frames, (0, 0, int(store.height[row]), int(store.width[row])))
+                )
+            yield collate(store, views, tokenizer, pipeline)
+
+    return prefetch(produce, config.prefetch_batches)
+
+
+def prefetch(produce: Callable[[], Iterator[ValueT]], depth: int) -> Iterator[ValueT]:
+    """Run `produce` in a thread, at most `depth` values ahead; its error is raised here, in order.
+
+    Closing the returned generator (or leaving it to the garbage collector) stops and joins the thread.
+    """
+    values: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+    is_closed = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not is_closed.is_set():
+            try:
+                values.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for value in produce():
+                if not put("value", value):
+                    return
+        except BaseException as error:
+            put("error", error)
+        else:
+            put("end", None)
+
+    thread = threading.Thread(target=work, name="batch-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = values.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        is_closed.set()
+        thread.join()
