@@ -6,7 +6,8 @@ painted over. Left out on purpose: resizing, and what becomes of a clip with a f
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import av
 import av.container
@@ -139,13 +140,32 @@ class FileCursor:
         return self._start_s + pts * self._time_base - self._zero_s
 
 
-class TimelineCursor:
-    """A `FrameSource` over the files of a timeline; at most one file is open."""
+class OpenFile(Protocol):
+    """A forward run over the frames of one file: what `FileCursor` is, and DALI's table of packets."""
 
-    def __init__(self, timeline: VideoTimeline) -> None:
+    header: VideoHeader
+    reached_s: float
+
+    def skip_to(self, time_s: float) -> bool: ...
+
+    def next(self) -> TimedFrame | FrameFailure | None: ...
+
+    def close(self) -> None: ...
+
+
+class TimelineCursor:
+    """A `FrameSource` over the files of a timeline; at most one file is open.
+
+    `open_file(path, video_uid, start_s, source)` opens one of them, `FileCursor` by default.
+    """
+
+    def __init__(
+        self, timeline: VideoTimeline, open_file: Callable[[str, str, float, int], OpenFile] = FileCursor
+    ) -> None:
         self._timeline = timeline
+        self._open_file = open_file
         self._position = -1
-        self._cursor: FileCursor | None = None
+        self._cursor: OpenFile | None = None
         self._failures: dict[int, FrameFailure] = {}
         self.frame_s = 1 / 30
 
@@ -205,7 +225,7 @@ class TimelineCursor:
             return self._failures[position]
         chunk = self._timeline.chunks[position]
         try:
-            cursor = FileCursor(chunk.path, self._timeline.video_uid, chunk.start_s, position)
+            cursor = self._open_file(chunk.path, self._timeline.video_uid, chunk.start_s, position)
         except VideoError as error:
             self._failures[position] = FrameFailure(error.reason, error.detail)
             return self._failures[position]

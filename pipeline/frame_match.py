@@ -7,9 +7,8 @@ failure with a reason, never by another frame. Left out on purpose: how frames a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import av
 import numpy as np
 from jaxtyping import UInt8
 
@@ -59,12 +58,12 @@ class FrameDecoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TimedFrame:
-    """A frame still in the decoder's own form. `source` tells the frames of different files apart."""
+    """A frame in the decoder's own form. `source` is the position of its file in the timeline."""
 
     time_s: float
     duration_s: float
     source: int
-    frame: av.VideoFrame
+    frame: Any
 
 
 class FrameSource(Protocol):

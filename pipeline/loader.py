@@ -194,7 +194,7 @@ class BatchLoader:
         return [self._view(int(row), epoch) for row in rows]
 
     def batches_from(self, step: int) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from `step` on without end, decoded ahead in a thread. Closing the iterator ends it."""
+        """(step, batch) from `step` on without end, decoded ahead in a thread; close it to end it."""
 
         def produce() -> Iterator[tuple[int, Batch]]:
             pipeline = FramePipeline(
