@@ -127,7 +127,8 @@ def _read_splits(path: Path, videos: list[NarratedVideo]) -> tuple[set[str], set
         train, heldout = set(value["train"]), set(value["heldout"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DataError(
-            f'{path} cannot be used ({type(error).__name__}: {error}), expected {{"train": [uids], "heldout": [uids]}}'
+            f"{path} cannot be used ({type(error).__name__}: {error}), "
+            'expected {"train": [uids], "heldout": [uids]}'
         ) from error
     both = sorted(train & heldout)
     if both:
@@ -141,8 +142,8 @@ def _read_splits(path: Path, videos: list[NarratedVideo]) -> tuple[set[str], set
 def _times(video: NarratedVideo) -> NarrationTimes:
     if video.duration_s is None:
         raise DataError(
-            f"narrations of video {video.video_uid} come without its length; add duration_sec (seconds) to the "
-            "video's entry, clips are cut to it and EgoClip's video_dur column holds it"
+            f"narrations of video {video.video_uid} come without its length; add duration_sec (seconds) to "
+            "the video's entry: clips are cut to it and EgoClip's video_dur column holds it"
         )
     passes = {name: [item.time_s for item in items] for name, items in video.passes.items()}
     return NarrationTimes(video.duration_s, passes)

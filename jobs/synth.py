@@ -40,9 +40,9 @@ def run_synth(
 ) -> SynthSummary:
     """Writes out_dir/videos/<uid>.mp4, narration.json, taxonomy.json and splits.json.
 
-    Videos already complete for this config are left alone, so that a second call does nothing. num_workers None:
-    one process per core this process may use. progress gets a line at the start and at the end; on_video gets
-    (videos there, all videos) after each video.
+    Videos already complete for this config are left alone: a second call does nothing. num_workers None:
+    one process per core this process may use. progress gets a line at the start and at the end; on_video
+    gets (videos there, all videos) after each video.
     """
     started_s = time.monotonic()
     say = progress or _ignore
@@ -64,8 +64,8 @@ def run_synth(
         elapsed_s=time.monotonic() - started_s,
     )
     say(
-        f"world of {len(specs)} videos ({summary.video_s:.0f} s, {summary.num_actions} actions) in {out_dir}: "
-        f"{summary.num_written} drawn, {len(specs) - summary.num_written} already there, {summary.elapsed_s:.1f} s"
+        f"world of {len(specs)} videos ({summary.video_s:.0f} s, {summary.num_actions} actions) "
+        f"in {out_dir}: {len(todo)} drawn, {len(specs) - len(todo)} already there, {summary.elapsed_s:.1f} s"
     )
     return summary
 

@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class NarrationTimes:
-    """Narration times of one video, seconds, per annotation pass. duration_s None: clips are not cut at the end."""
+    """Narration times of one video, seconds, per pass. duration_s None: clips are not cut at the end."""
 
     duration_s: float | None
     passes: Mapping[str, Sequence[float]]

@@ -1,7 +1,7 @@
 """Reads and writes EgoClip annotation files (TAB separated, 11 columns, arXiv 2206.01670).
 
-The reader goes line by line, keeps every row it can use, and counts every row it cannot, with its line number:
-nothing is dropped without a word. Tag lists are parsed as integers and never evaluated.
+The reader goes line by line, keeps every row it can use, and counts every row it cannot, with its line
+number: nothing is dropped without a word. Tag lists are parsed as integers and never evaluated.
 """
 
 import csv
@@ -110,7 +110,7 @@ def make_record(
 
 
 def parse_tags(text: str) -> tuple[int, ...]:
-    """Parses a tag list such as "[192, 115, 12]"; empty text and "[]" give (). Raises ValueError otherwise."""
+    """Parses a tag list such as "[192, 115]"; empty text and "[]" give (). Raises ValueError otherwise."""
     text = text.strip()
     if not text:
         return ()
@@ -145,8 +145,8 @@ class _RowError(Exception):
 def read_egoclip(path: Path) -> tuple[list[ClipRecord], ReadReport]:
     """Reads an EgoClip file into records and a report of everything that was not as it should be.
 
-    Negative starts are set to 0, ends beyond the video to its end; rows that cannot be used are skipped; all are
-    counted with line numbers. Raises DataError when there is no file, no header, or a column is missing.
+    Negative starts are set to 0, ends beyond the video to its end; rows that cannot be used are skipped;
+    all are counted with line numbers. Raises DataError when there is no file or a column is missing.
     """
     report = _Report()
     records: list[ClipRecord] = []

@@ -76,10 +76,10 @@ def build_egomcq(
 ) -> dict[str, Any]:
     """Builds questions from the clips of one annotation pass; returns EgoMCQ JSON, inter questions first.
 
-    Every clip is the query of at most one inter and one intra question. Inter: four clips of four other videos.
-    Intra: five consecutive clips of the video, the place of the query among them drawn. No two choices of a
-    question share a caption, or all their tags. The place of the answer is balanced over 0..4. None: as many as
-    the clips allow; a clip that allows no question is left out.
+    Every clip is the query of at most one inter and one intra question. Inter: four clips of four other
+    videos. Intra: five consecutive clips of the video, the place of the query among them drawn. No two
+    choices of a question share a caption, or all their tags. The place of the answer is balanced over 0..4. Limits of
+    None: as many as the clips allow; a clip that allows no question is left out.
     """
     by_video: dict[str, list[ClipRecord]] = defaultdict(list)
     for record in records:
@@ -110,8 +110,8 @@ def build_egomcq(
 def probe_questions(
     questions: Iterable[Question], reversed_verbs: Sequence[tuple[int, int]]
 ) -> list[Question]:
-    """Returns the intra questions in which a distractor shows the reversed verb of the query on the same noun."""
-    reverse = {a: b for a, b in reversed_verbs} | {b: a for a, b in reversed_verbs}
+    """Returns the intra questions with a distractor that has the query's reversed verb and a noun of it."""
+    reverse = dict(reversed_verbs) | {second: first for first, second in reversed_verbs}
     return [item for item in questions if item.kind == "intra" and _has_reversed(item, reverse)]
 
 
@@ -127,7 +127,7 @@ def _has_reversed(question: Question, reverse: dict[int, int]) -> bool:
 
 def _are_distinct(clips: Sequence[ClipRecord]) -> bool:
     captions = {clip.caption for clip in clips}
-    # Two wordings of one action are the same answer; clips without tags can only be told apart by their words.
+    # Two wordings of one action are the same answer; without tags only the words can tell clips apart.
     tags = [(frozenset(clip.verbs), frozenset(clip.nouns)) for clip in clips if clip.verbs or clip.nouns]
     return len(captions) == len(clips) and len(set(tags)) == len(tags)
 
@@ -218,8 +218,8 @@ def _question(question_id: int, entry: dict[str, Any]) -> Question:
     expected = NUM_CHOICES if kind == "inter" else 1
     if len(uids) != expected:
         raise ValueError(
-            f"types is {TYPE_OF_KIND[kind]} ({kind}-video), so its choices should come from {expected} video(s), "
-            f"but they come from {len(uids)}: {sorted(uids)}. 1 is inter-video, 2 is intra-video; "
+            f"types is {TYPE_OF_KIND[kind]} ({kind}-video), so its choices should come from {expected} "
+            f"video(s), but they come from {len(uids)}: {sorted(uids)}. 1 is inter-video, 2 is intra-video; "
             "a file with the two swapped must be corrected, not scored"
         )
     return Question(question_id, kind, _query(entry["query"], choices[answer]), choices, answer)

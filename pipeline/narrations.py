@@ -1,7 +1,7 @@
 """Reads Ego4D narration files and finds the verb and noun classes of a narration.
 
-An Ego4D `narration.json` holds, per video, up to two annotation passes of timestamped texts ("#C C picks up the
-cup"). Classes are found by matching the words of a text against a taxonomy and its synonyms. Nothing here
+An Ego4D `narration.json` holds, per video, up to two annotation passes of timestamped texts ("#C C picks up
+the cup"). Classes are found by matching the words of a text against a taxonomy and its synonyms. Nothing here
 tags words by grammar: what no class matches gets no class.
 """
 
@@ -100,7 +100,8 @@ def read_taxonomy(path: Path) -> Taxonomy:
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(item, int) for item in pair)
         if not is_pair or not all(0 <= item < len(names["verbs"]) for item in pair):
             raise DataError(
-                f"{path}: reversed_verbs holds {_brief(pair)}, expected two verb ids in 0..{len(names['verbs']) - 1}"
+                f"{path}: reversed_verbs holds {_brief(pair)}, "
+                f"expected two verb ids in 0..{len(names['verbs']) - 1}"
             )
     synonyms = {}
     for key, kind in (("verb_synonyms", "verbs"), ("noun_synonyms", "nouns")):

@@ -74,7 +74,7 @@ def similarity(x: float, y: float, angle: float, scale_x: float, scale_y: float)
 
 
 def paste(frame_HWC: Image, sprite: Sprite, matrix: Affine) -> None:
-    """Blends a sprite into the frame; matrix takes sprite pixels about its origin to frame pixels."""
+    """Blends a sprite into an RGBA frame; matrix takes sprite pixels about its origin to frame pixels."""
     rgba = sprite.rgba
     height, width = rgba.shape[:2]
     shift = np.array([[1.0, 0.0, -sprite.origin_x], [0.0, 1.0, -sprite.origin_y], [0.0, 0.0, 1.0]])
@@ -89,8 +89,8 @@ def paste(frame_HWC: Image, sprite: Sprite, matrix: Affine) -> None:
     whole[1, 2] -= top
     warped = cv2.warpAffine(rgba, whole[:2], (right - left, bottom - top), flags=cv2.INTER_LINEAR)
     region = frame_HWC[top:bottom, left:right]
-    keep = (255 - warped[..., 3:]).astype(np.uint16)
-    region[...] = warped[..., :3] + ((region * keep + 128) >> 8).astype(np.uint8)
+    shine_through = cv2.cvtColor(cv2.bitwise_not(cv2.extractChannel(warped, 3)), cv2.COLOR_GRAY2RGBA)
+    cv2.add(cv2.multiply(region, shine_through, scale=1 / 255), warped, dst=region)
 
 
 class Scene:
@@ -112,7 +112,9 @@ class Scene:
         self.home_angles = rng.uniform(-0.12, 0.12, len(spec.objects))
         self.drift = rng.uniform(0, 2 * np.pi, (4, 2))
         self.drift_hz = rng.uniform((0.07, 0.16), (0.13, 0.3), (4, 2))
-        self.table = np.clip(self.table * self.light, 0, 255).astype(np.uint8)
+        # Pictures have four channels throughout: OpenCV warps four bytes three times as fast as three.
+        lit = np.clip(self.table * self.light, 0, 255).astype(np.uint8)
+        self.table = np.dstack([lit, np.full(lit.shape[:2], 255, np.uint8)])
         self.bits = bits_before(spec)
         self.starts = np.array([action.start_s for action in spec.actions])
         self._resting_key: tuple[int, int] | None = None
@@ -123,7 +125,7 @@ class Scene:
         return red, green, blue
 
     def _tint(self, rng: np.random.Generator):
-        gains = rng.uniform(0.88, 1.12, 3)
+        gains = rng.uniform(0.91, 1.09, 3)
 
         def tint(colour: Colour) -> Colour:
             red, green, blue = (int(min(255.0, c * g)) for c, g in zip(self._lit(colour), gains, strict=True))
@@ -133,6 +135,11 @@ class Scene:
 
     def frame_at(self, time_s: float) -> Image:
         """Draws the frame of one instant: HWC uint8 RGB."""
+        frame = cv2.cvtColor(self.rgba_frame_at(time_s), cv2.COLOR_RGBA2RGB)
+        return np.asarray(frame, np.uint8)
+
+    def rgba_frame_at(self, time_s: float) -> Image:
+        """Draws the frame of one instant as HWC uint8 RGBA, opaque; the form that is fastest to encode."""
         before = int(np.searchsorted(self.starts, time_s, side="right")) - 1
         action = self.spec.actions[before] if before >= 0 else None
         if action is not None and time_s > action.end_s:
@@ -140,13 +147,8 @@ class Scene:
         camera = self._camera(time_s)
         acting = -1 if action is None else action.object_index
         resting = self._resting_table(before + (action is None), acting)
-        frame = cv2.warpAffine(
-            resting,
-            camera[:2],
-            (self.width, self.height),
-            flags=cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REFLECT,
-        )
+        frame = np.empty((self.height, self.width, 4), np.uint8)
+        cv2.warpAffine(resting, camera[:2], (self.width, self.height), dst=frame, flags=cv2.INTER_LINEAR)
         if action is not None:
             phase = (time_s - action.start_s) / (action.end_s - action.start_s)
             phase = 1 - phase if action.is_reversed else phase
@@ -178,7 +180,7 @@ class Scene:
 
     def _pose(self, index: int, bits: tuple[float, ...]) -> Pose:
         item = self.spec.objects[index]
-        reach = min(0.105 * self.width, 1.1 * self.unit)
+        reach = min(0.118 * self.width, 1.3 * self.unit)
         return Pose(
             x=self.margin + item.home_x * self.width + reach * (1 - 2 * bits[PUSH]),
             y=self.margin + item.home_y * self.height,
@@ -209,7 +211,7 @@ class Scene:
                 0.95 * openness * self.unit, -0.95 * openness * self.unit, 0.0, 1 + 0.2 * lift, 1 + 0.2 * lift
             )
             return lid.outer, move
-        # From above a lid at angle theta covers cos(theta) of its length; past 90 degrees it shows its inside.
+        # From above a lid at angle theta covers cos(theta) of its length, past 90 degrees with its inside up.
         squash = math.cos(openness * math.radians(155))
         if abs(squash) < 0.06:
             squash = math.copysign(0.06, squash)
@@ -308,4 +310,4 @@ class Scene:
             near, far = half * unit, 1.35 * half * unit
             corners = np.array([[-near, near, far, -far], [wrist, wrist, elbow, elbow], [1.0, 1.0, 1.0, 1.0]])
             points = np.round((matrix[:2] @ corners).T * 16).astype(np.int32)
-            cv2.fillConvexPoly(frame, points, colour, cv2.LINE_AA, shift=4)
+            cv2.fillConvexPoly(frame, points, (*colour, 255), cv2.LINE_AA, shift=4)

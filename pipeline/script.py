@@ -157,18 +157,14 @@ def _video_spec(config: WorldConfig, index: int, *, is_heldout: bool) -> VideoSp
 
 
 def _place_objects(rng: random.Random, picture: PictureFormat) -> tuple[ObjectSpec, ...]:
-    """Puts two objects with a lid and one or two others each into its own quarter of the table."""
-    num_others = rng.choice((1, 2, 2))
-    others = rng.sample([*NOUNS_WITH_AXIS, "plate"], num_others)
-    if others == ["plate"]:
-        others = [rng.choice(NOUNS_WITH_AXIS)]
-    nouns = rng.sample(NOUNS_WITH_LID, 2) + others
+    """Puts two objects with a lid and two others each into its own quarter of the table."""
+    nouns = rng.sample(NOUNS_WITH_LID, 2) + rng.sample([*NOUNS_WITH_AXIS, "plate"], 2)
     rng.shuffle(nouns)
     rows = (0.36, 0.70) if picture.width > picture.height else (0.34, 0.66)
     cells = [(x, y) for y in rows for x in (0.27, 0.73)]
     rng.shuffle(cells)
     objects = []
-    for noun, (x, y) in zip(nouns, cells, strict=False):
+    for noun, (x, y) in zip(nouns, cells, strict=True):
         start_bits = (0, 0, rng.randrange(2), rng.randrange(2))
         home_x, home_y = x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.02, 0.02)
         objects.append(ObjectSpec(NOUNS.index(noun), home_x, home_y, start_bits))
@@ -176,7 +172,7 @@ def _place_objects(rng: random.Random, picture: PictureFormat) -> tuple[ObjectSp
 
 
 def possible_verbs(noun: str, bits: tuple[int, ...] | list[int]) -> list[int]:
-    """Lists the verbs that make sense in a state: what is away can only come back, what is open only close."""
+    """Lists the verbs that make sense in a state: what is away can only come back, what is open only shut."""
     if bits[TAKE]:
         return [2 * TAKE + 1]
     if bits[OPEN]:

@@ -89,7 +89,8 @@ class Painter:
     def finish(self, shadow: float = 0.0) -> Sprite:
         """Reduces to output size, adds a soft shadow of the given strength, and trims empty borders."""
         height, width = (side // SUPERSAMPLE for side in self.rgba_HWC.shape[:2])
-        rgba = cv2.resize(self.rgba_HWC, (width, height), interpolation=cv2.INTER_AREA)
+        reduced = cv2.resize(self.rgba_HWC, (width, height), interpolation=cv2.INTER_AREA)
+        rgba = np.asarray(reduced, np.uint8)
         offset = self.centre[0] / SUPERSAMPLE, self.centre[1] / SUPERSAMPLE
         if shadow:
             shift = max(2, round(0.12 * self.scale / SUPERSAMPLE))

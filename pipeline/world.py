@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.error
 import av.video.stream
 import cv2
 import numpy as np
@@ -87,7 +88,7 @@ def render_clip(
     frames = [scene.frame_at(start_s + step_s * (index + 0.5)) for index in range(num_frames)]
     if height is not None and width is not None:
         frames = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames]
-    return np.stack(frames)
+    return np.stack(frames).astype(np.uint8, copy=False)
 
 
 def _comment_of(path: Path) -> str | None:
@@ -110,8 +111,9 @@ def _encode(spec: VideoSpec, path: Path, key: str) -> None:
         stream.codec_context.gop_size = round(KEYFRAME_S * fps)
         stream.codec_context.time_base = TIME_BASE
         stream.codec_context.thread_count = 1
+        planes = np.empty((spec.picture.height * 3 // 2, spec.picture.width), np.uint8)
         for time_s in frame_times_s(spec):
-            planes = cv2.cvtColor(scene.frame_at(time_s), cv2.COLOR_RGB2YUV_I420)
+            cv2.cvtColor(scene.rgba_frame_at(time_s), cv2.COLOR_RGBA2YUV_I420, dst=planes)
             frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             frame.pts, frame.time_base = round(time_s / TIME_BASE), TIME_BASE
             container.mux(stream.encode(frame))
