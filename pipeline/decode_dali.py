@@ -30,7 +30,7 @@ from pipeline.video import Chunk, VideoTimeline, container_zero_s, header_of, op
 
 @dataclass(frozen=True, slots=True)
 class PacketRow:
-    """One packet in decoding order: presentation time in stream units, and whether decoding can start here."""
+    """One packet in decoding order: presentation time in stream units, and whether decoding can start."""
 
     pts: int
     is_keyframe: bool

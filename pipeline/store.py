@@ -117,7 +117,7 @@ class ClipStore:
         return np.frombuffer(content, dtype=np.uint8)
 
     def verify(self) -> None:
-        """Compare every byte with the manifest's checksums. Raises ShardError listing all files that differ."""
+        """Compare every byte with the checksums. Raises ShardError listing the files that differ."""
         faults = verify_set(self.shards_dir, self.manifest, is_full=True)
         if faults:
             raise ShardError(_describe(self.shards_dir, faults))

@@ -15,6 +15,7 @@ CODEC_OPTIONS = {
     "libx264-bframes": {"preset": "medium", "g": "15", "bf": "3"},
     "libx264-opengop": {"preset": "medium", "g": "15", "bf": "3", "x264-params": "open-gop=1:log-level=none"},
     "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=15:bframes=3"},
+    "libsvtav1": {"preset": "10", "crf": "1", "g": "15", "svtav1-params": "lp=1:pred-struct=1"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "g": "15"},
 }
 
@@ -52,7 +53,9 @@ def write_video(
     """Frames first_number, first_number + 1, ... at i / fps, or at `times` (variable frame rate)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps)
-    with av.open(str(path), "w", format=file_format or ("webm" if path.suffix == ".webm" else "mp4")) as container:
+    with av.open(
+        str(path), "w", format=file_format or ("webm" if path.suffix == ".webm" else "mp4")
+    ) as container:
         stream = container.add_stream(codec.split("-opengop")[0].split("-bframes")[0], rate=rate)
         stream.options = CODEC_OPTIONS[codec]
         stream.height, stream.width = size_HW
@@ -62,7 +65,9 @@ def write_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for position in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(barcode_frame(first_number + position, size_HW), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                barcode_frame(first_number + position, size_HW), format="rgb24"
+            )
             frame.time_base = time_base
             frame.pts = int(times[position] / time_base) if times is not None else position
             container.mux(stream.encode(frame))

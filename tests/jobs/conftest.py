@@ -1,0 +1,6 @@
+"""Makes the tiny test videos importable by the tests of the jobs."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
