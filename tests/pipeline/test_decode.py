@@ -1,5 +1,7 @@
 from fractions import Fraction
 
+import av
+import numpy as np
 import pytest
 from video_files import CODEC_OPTIONS, read_barcode, write_video
 
@@ -24,6 +26,18 @@ def numbers(videos_dir, requests, uid="v", layout="raw"):
 def test_every_frame_of_every_codec_is_found_by_its_time(tmp_path, codec):
     write_video(tmp_path / "v.mp4", num_frames=75, codec=codec)
     assert numbers(tmp_path, [(i / 30, 9.0) for i in range(75)]) == list(range(75))
+
+
+def test_av1_frames_are_those_of_a_plain_decode(tmp_path):
+    path = write_video(tmp_path / "v.mp4", num_frames=40, codec="libsvtav1")
+    with av.open(str(path)) as container:
+        plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    timeline = resolve_timeline(tmp_path, "v", "raw")
+    for position, answer in PyAvDecoder().decode_frames(
+        timeline, [FrameRequest(i / 30, 9) for i in range(40)]
+    ):
+        assert isinstance(answer, DecodedFrame)
+        assert np.array_equal(answer.image, plain[position])
 
 
 @pytest.mark.parametrize("fps", [25, Fraction(30000, 1001), Fraction(24000, 1001)])
@@ -134,8 +148,6 @@ def test_a_hole_between_chunks_is_a_gap_and_an_absent_chunk_is_missing(tmp_path)
 
 def move_index_to_front(path):
     """What ffmpeg calls faststart, so that a cut file still opens."""
-    import av
-
     out = path.with_name("fast.mp4")
     with av.open(str(path)) as source, av.open(str(out), "w", options={"movflags": "faststart"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -158,8 +170,6 @@ def test_a_file_cut_in_the_middle_loses_only_what_is_cut(tmp_path):
 @pytest.mark.parametrize("codec", ["libx264", "libx264-bframes", "libx265"])
 def test_damage_costs_the_frames_up_to_the_next_keyframe_and_nothing_is_painted_over(tmp_path, codec):
     path = write_video(tmp_path / "v.mp4", num_frames=120, codec=codec)
-    import av
-
     with av.open(str(path)) as container:
         packets = [p for p in container.demux(video=0) if p.size]
     keyframes = sorted(p.pts for p in packets if p.is_keyframe)

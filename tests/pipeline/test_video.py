@@ -1,5 +1,7 @@
 import os
 
+import av
+import numpy as np
 import pytest
 from video_files import write_video
 
@@ -100,9 +102,6 @@ def test_files_that_are_no_video_are_told_apart(tmp_path):
 
 
 def test_a_file_without_pictures_has_no_video_stream(tmp_path):
-    import av
-    import numpy as np
-
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
