@@ -1,0 +1,42 @@
+"""Two gloo processes for tests: `run_two(function, argument)` runs `function(rank, argument)` on both."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_two(
+    function: Callable[[int, Any], None], argument: Any, store_dir: Path, world_size: int = 2
+) -> None:
+    """Start fresh processes; raises what a rank raised."""
+    store = store_dir / f"store-{len(list(store_dir.glob('store-*')))}"
+    mp.start_processes(
+        _enter, args=(function, argument, str(store), world_size), nprocs=world_size, start_method="spawn"
+    )
+
+
+def _enter(
+    rank: int, function: Callable[[int, Any], None], argument: Any, store: str, world_size: int
+) -> None:
+    from infra.runtime import prepare_process
+
+    prepare_process()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        function(rank, argument)
+    finally:
+        dist.destroy_process_group()
