@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,13 +53,13 @@ def _row(videos_dir: Path, record: ClipRecord, num_frames: int, frame_height: in
     timeline = resolve_timeline(videos_dir, record.video_uid, "raw")
     times_s = midpoint_times(record.start_s, record.end_s, num_frames)
     requests = [FrameRequest(time_s, record.end_s) for time_s in times_s]
-    row = [_caption(record, frame_height)]
+    row: list[NDArray[Any]] = [_caption(record, frame_height)]
     for _, found in PyAvDecoder().decode_frames(timeline, requests):
         if isinstance(found, FrameFailure):
             raise ClipError(record.clip_id, found.reason, found.detail)
         width = round(frame_height * found.image.shape[1] / found.image.shape[0])
         row.append(np.asarray(cv2.resize(found.image, (width, frame_height), interpolation=cv2.INTER_AREA)))
-    return np.concatenate(row, axis=1)
+    return np.concatenate(row, axis=1).astype(np.uint8, copy=False)
 
 
 def _caption(record: ClipRecord, height: int) -> NDArray[np.uint8]:

@@ -78,8 +78,8 @@ def build_egomcq(
 
     Every clip is the query of at most one inter and one intra question. Inter: four clips of four other
     videos. Intra: five consecutive clips of the video, the place of the query among them drawn. No two
-    choices of a question share a caption, or all their tags. The place of the answer is balanced over 0..4. Limits of
-    None: as many as the clips allow; a clip that allows no question is left out.
+    choices of a question share a caption, or all their tags. The place of the answer is balanced over 0..4.
+    Limits of None: as many as the clips allow; a clip that allows no question is left out.
     """
     by_video: dict[str, list[ClipRecord]] = defaultdict(list)
     for record in records:

@@ -2,7 +2,8 @@
 
 The phase of an action runs from 0 to 1 for a forward verb and from 1 to 0 for its reversal, and everything
 that moves is a function of the phase alone; that is what makes two reversed verbs show the same pictures in
-opposite order. Only the head moves on regardless.
+opposite order. Only the head moves on regardless: it drifts a little, and between two actions it turns to the
+object that comes next, as people look at what they are about to touch.
 """
 
 import math
@@ -21,7 +22,11 @@ Affine = NDArray[np.float64]
 # Phases of an action: the hand arrives, does it, leaves.
 REACHED, RELEASED = 0.32, 0.68
 LIFT_FROM = 0.4
-TURN_ANGLE = math.radians(52)
+TURN_ANGLE = math.radians(60)
+# Sides of the table in sides of the picture: the eye sees about half of the table at a time.
+TABLE_SPREAD = 1.45
+# The eye rests a little below the object, where the hand is, in shares of the height of the picture.
+GAZE_BELOW = 0.06
 SKIN_TONES: tuple[Colour, ...] = (
     (236, 188, 160),
     (214, 160, 124),
@@ -98,9 +103,11 @@ class Scene:
 
     def __init__(self, spec: VideoSpec) -> None:
         self.spec = spec
-        self.width, self.height = spec.picture.width, spec.picture.height
+        self.view_width, self.view_height = spec.picture.width, spec.picture.height
+        self.width = round(TABLE_SPREAD * self.view_width)
+        self.height = round(TABLE_SPREAD * self.view_height)
         rng = np.random.default_rng(spec.look_seed)
-        self.margin = round(0.14 * max(self.width, self.height))
+        self.margin = round(0.14 * max(self.view_width, self.view_height))
         self.table = draw_table(rng, self.width + 2 * self.margin, self.height + 2 * self.margin)
         self.unit = 0.5 * 0.31 * min(self.width, self.height * 0.98) * rng.uniform(0.95, 1.07)
         self.light = rng.uniform(0.86, 1.1) * (1 + rng.uniform(-0.05, 0.05, 3))
@@ -147,8 +154,9 @@ class Scene:
         camera = self._camera(time_s)
         acting = -1 if action is None else action.object_index
         resting = self._resting_table(before + (action is None), acting)
-        frame = np.empty((self.height, self.width, 4), np.uint8)
-        cv2.warpAffine(resting, camera[:2], (self.width, self.height), dst=frame, flags=cv2.INTER_LINEAR)
+        frame = np.empty((self.view_height, self.view_width, 4), np.uint8)
+        size = (self.view_width, self.view_height)
+        cv2.warpAffine(resting, camera[:2], size, dst=frame, flags=cv2.INTER_LINEAR)
         if action is not None:
             phase = (time_s - action.start_s) / (action.end_s - action.start_s)
             phase = 1 - phase if action.is_reversed else phase
@@ -156,16 +164,37 @@ class Scene:
         return frame
 
     def _camera(self, time_s: float) -> Affine:
-        """Head motion: a slow drift to the sides, a little roll and a little nearer and farther."""
+        """Head motion: it looks where the hand acts, with a slow drift, a little roll, near and far."""
         waves = np.sin(2 * np.pi * self.drift_hz * time_s + self.drift) @ np.array([0.65, 0.35])
-        size = min(self.width, self.height)
+        size = min(self.view_width, self.view_height)
         move_x, move_y = 0.035 * size * waves[0], 0.03 * size * waves[1]
-        middle_x, middle_y = self.width / 2 + self.margin, self.height / 2 + self.margin
+        middle_x, middle_y = self._gaze_at(time_s)
         zoom = 1 + 0.025 * waves[3]
         turn = similarity(0, 0, 0.035 * waves[2], zoom, zoom)
-        turn[0, 2] = self.width / 2 + move_x - turn[0, 0] * middle_x - turn[0, 1] * middle_y
-        turn[1, 2] = self.height / 2 + move_y - turn[1, 0] * middle_x - turn[1, 1] * middle_y
+        turn[0, 2] = self.view_width / 2 + move_x - turn[0, 0] * middle_x - turn[0, 1] * middle_y
+        turn[1, 2] = self.view_height / 2 + move_y - turn[1, 0] * middle_x - turn[1, 1] * middle_y
         return turn
+
+    def _gaze_at(self, time_s: float) -> tuple[float, float]:
+        """Returns the table pixel the eye rests on; it moves on while no action is under way."""
+        actions = self.spec.actions
+        current = max(0, int(np.searchsorted(self.starts, time_s, side="right")) - 1)
+        x, y = self._gaze(actions[current].object_index)
+        if time_s <= actions[current].end_s or current + 1 == len(actions):
+            return x, y
+        following = actions[current + 1]
+        gap_s = following.start_s - actions[current].end_s
+        share = smooth((time_s - actions[current].end_s) / gap_s)
+        next_x, next_y = self._gaze(following.object_index)
+        return x + share * (next_x - x), y + share * (next_y - y)
+
+    def _gaze(self, index: int) -> tuple[float, float]:
+        """Returns where the eye rests while this object is acted on: near its home, never past the table."""
+        item = self.spec.objects[index]
+        half_x, half_y = 0.5 * self.view_width / self.width, 0.5 * self.view_height / self.height
+        x = min(1 - half_x, max(half_x, item.home_x))
+        y = min(1 - half_y, max(half_y, item.home_y + GAZE_BELOW / TABLE_SPREAD))
+        return self.margin + x * self.width, self.margin + y * self.height
 
     def _resting_table(self, step: int, acting: int) -> Image:
         """Returns the table with every object but the acting one; drawn once per state."""
@@ -234,7 +263,7 @@ class Scene:
         progress = tuple(done if which == pair else float(bit) for which, bit in enumerate(bits[index]))
         pose = self._pose(index, progress)
         if pair == TAKE:
-            pose = self._carried(pose, phase)
+            pose = self._carried(index, pose, phase)
         self._draw_object(frame, camera, index, pose)
         item = self.spec.objects[index]
         side = "right" if item.home_x > 0.5 else "left"
@@ -243,14 +272,14 @@ class Scene:
         sprite = self.hands[side][int(hand.is_gripping)]
         paste(frame, sprite, camera @ similarity(hand.x, hand.y, hand.angle, hand.scale, hand.scale))
 
-    def _carried(self, pose: Pose, phase: float) -> Pose:
+    def _carried(self, index: int, pose: Pose, phase: float) -> Pose:
         """Lifts an object towards the viewer and then down out of the picture."""
         lift = max(0.0, (phase - LIFT_FROM) / (1 - LIFT_FROM))
-        away_y = self.margin + self.height + 2.2 * self.unit
+        middle_x, middle_y = self._gaze(index)
+        away_y = middle_y + self.view_height / 2 + 2.2 * self.unit
         # An object near the lower border starts later, so that it stays in sight as long as a far one.
-        nearness = (pose.y - self.margin) / self.height
+        nearness = 0.5 + (pose.y - middle_y) / self.view_height
         way = lift ** (1.6 + 1.6 * nearness)
-        middle_x = self.margin + self.width / 2
         return Pose(
             x=pose.x + 0.45 * way * (middle_x - pose.x),
             y=pose.y + way * (away_y - pose.y),
@@ -274,11 +303,12 @@ class Scene:
 
     def _hand_pose(self, index: int, pair: int, phase: float, pose: Pose, side: str) -> HandPose:
         x, y = self._grip_point(index, pair, pose)
-        shoulder_x = self.margin + self.width * (0.68 if side == "right" else 0.32)
-        shoulder_y = self.margin + 1.7 * self.height
+        middle_x, middle_y = self._gaze(index)
+        shoulder_x = middle_x + self.view_width * (0.18 if side == "right" else -0.18)
+        shoulder_y = middle_y + 1.2 * self.view_height
         angle = 0.8 * math.atan2(x - shoulder_x, shoulder_y - y)
         if pair == TURN:
-            swing = 0.85 * (pose.angle - float(self.home_angles[index]))
+            swing = 0.95 * (pose.angle - float(self.home_angles[index]))
             angle = swing
             reach = 0.55 * self.unit
             x, y = pose.x - reach * math.sin(swing), pose.y + reach * math.cos(swing)
@@ -287,7 +317,8 @@ class Scene:
             away = (1 - phase / REACHED) ** 1.7
         elif phase > RELEASED and pair != TAKE:
             away = ((phase - RELEASED) / (1 - RELEASED)) ** 1.7
-        distance = (self.margin + 1.1 * self.height - y + 0.4 * self.unit) / max(0.45, math.cos(angle))
+        below_y = middle_y + 0.6 * self.view_height
+        distance = (below_y - y + 0.4 * self.unit) / max(0.45, math.cos(angle))
         is_gripping = phase >= REACHED - 0.03 and (phase <= RELEASED + 0.03 or pair == TAKE)
         return HandPose(
             x=x - math.sin(angle) * distance * away,

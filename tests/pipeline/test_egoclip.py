@@ -6,7 +6,10 @@ from pipeline.egoclip import COLUMNS, EgoClipRow, make_clip_id, parse_tags, read
 from pipeline.errors import DataError
 
 HEADER = "\t".join(COLUMNS)
-GOOD = "0\tuid-1\t10.0\tnarration_pass_1\t0\t3.3445\t2.967651\t3.721266\t#C C opens the box\t[93]\t[192, 115, 12]"
+GOOD = (
+    "0\tuid-1\t10.0\tnarration_pass_1\t0\t3.3445\t2.967651\t3.721266\t"
+    "#C C opens the box\t[93]\t[192, 115, 12]"
+)
 
 
 def row(**changes):
