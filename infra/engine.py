@@ -80,8 +80,8 @@ class PlainEngine:
         self._dtype = torch_dtype(config)
         self._module = module.to(self._device)
         _start_equal(self._module)
+        self._module.to(self._dtype)  # before the masters are taken: DeepSpeed rounds in this order too
         masters = {p: p.detach().float().clone() for p in module.parameters() if p.requires_grad}
-        self._module.to(self._dtype)
         self._pairs = [(p, masters[p]) for group in parameter_groups for p in group["params"]]
         groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in parameter_groups]
         self._optimizer = torch.optim.AdamW(
