@@ -22,7 +22,7 @@ from pipeline.scene import Scene
 from pipeline.script import VideoSpec, keyed_random
 
 # Raised whenever the pictures of a spec change, so that files drawn by older code are not taken for complete.
-DRAWING_VERSION = 2
+DRAWING_VERSION = 3
 KEYFRAME_S = 1.0
 # Fine enough for every rate in the table and for irregular times.
 TIME_BASE = Fraction(1, 90000)

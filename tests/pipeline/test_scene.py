@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import WorldConfig
+from pipeline.motion import similarity
 from pipeline.objects import draw_object
-from pipeline.scene import Scene, paste, similarity
+from pipeline.scene import Scene, paste
 from pipeline.script import NOUNS, REVERSED_VERBS, Action, video_specs
 from pipeline.sprites import Sprite
 from pipeline.world import render_clip
@@ -13,11 +14,11 @@ from pipeline.world import render_clip
 SPEC = video_specs(WorldConfig(seed=1, num_train_videos=1, num_heldout_videos=0))[0]
 
 
-class StillScene(Scene):
-    """A scene seen by a head that does not move, so that frames can be compared."""
-
-    def _camera(self, time_s):
-        return super()._camera(0.0)
+def still_scene(spec):
+    """A scene seen by a head that does not drift, so that frames of different times can be compared."""
+    scene = Scene(spec)
+    scene.motion.drift_hz[:] = 0.0
+    return scene
 
 
 def scene_of(pair, *, is_reversed):
@@ -39,7 +40,7 @@ def scene_of(pair, *, is_reversed):
         for index, item in enumerate(SPEC.objects)
     )
     action = Action(1.0, 2.0, 2 * pair + int(is_reversed), which)
-    return StillScene(replace(SPEC, objects=objects, actions=(action,)))
+    return still_scene(replace(SPEC, objects=objects, actions=(action,)))
 
 
 @pytest.mark.parametrize("pair", range(len(REVERSED_VERBS)))
