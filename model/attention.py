@@ -1,7 +1,8 @@
 """Attention of patches and CLS with relative position bias, dense or over selected blocks.
 
 Two backends of one signature: `reference` (readable: all scores, mask, softmax) and `gather` (only the
-selected blocks). Both see the same keys, so values and gradients agree.
+selected blocks). Both see the same keys, so values and gradients agree. Inside, heads come first: that is how
+the bias is stored, and the caller's tensors may be views of such memory.
 
 Position codes. The table row of a query at (t, h, w) and a key at (t', h', w') is
 ((t-t'+T-1)(2H-1) + (h-h'+H-1))(2W-1) + (w-w'+W-1), which is code(query) - code(key) + centre with
@@ -71,7 +72,8 @@ def sparse_attention(
 
 
 def _gather_is_faster(layout: EdgeLayout, num_tokens: int) -> bool:
-    return 2 * layout.keys_per_query < num_tokens
+    # Copying the selected keys pays only where most of them are left out.
+    return 3 * layout.keys_per_query < num_tokens
 
 
 def _reference(
@@ -84,16 +86,16 @@ def _reference(
     key_mask: Tensor | None,
     with_cls_scores: bool,
 ) -> AttentionOutput:
-    bias = _lookup(bias_table, _dense_rows(codes, bias_table.shape[0]))
+    q_ABNE, k_ABNE, v_ABNE = q_BANE.transpose(0, 1), k_BANE.transpose(0, 1), v_BANE.transpose(0, 1)
+    scores_ABNN = (q_ABNE * q_BANE.shape[-1] ** -0.5) @ k_ABNE.transpose(-1, -2)
+    scores_ABNN += _lookup(bias_table, _dense_rows(codes, bias_table.shape[0]))
     if layout is not None:
-        bias = bias.masked_fill(~layout.dense_mask(), float("-inf"))
-    scores_BANN = (q_BANE * q_BANE.shape[-1] ** -0.5) @ k_BANE.transpose(-1, -2)
-    scores_BANN += bias
+        scores_ABNN += _hidden(layout.dense_mask(), scores_ABNN)
     if key_mask is not None:
-        scores_BANN = scores_BANN.masked_fill(~key_mask[:, None, None], float("-inf"))
-    weights_BANN = scores_BANN.softmax(dim=-1)
-    cls_scores = weights_BANN.detach()[:, :, 0, 1:].mean(dim=1) if with_cls_scores else None
-    return AttentionOutput(weights_BANN @ v_BANE, cls_scores)
+        scores_ABNN += _hidden(key_mask[:, None], scores_ABNN)
+    weights_ABNN = scores_ABNN.softmax(dim=-1)
+    cls_scores = weights_ABNN.detach()[:, :, 0, 1:].mean(dim=0) if with_cls_scores else None
+    return AttentionOutput((weights_ABNN @ v_ABNE).transpose(0, 1), cls_scores)
 
 
 def _gather(
@@ -109,39 +111,50 @@ def _gather(
     num_clips, num_heads, num_tokens, head_width = q_BANE.shape
     num_blocks, size = layout.num_blocks, layout.block_size
     tokens_SW, valid_SW = layout.token_index()
-    places = tokens_SW.flatten()
-    q_BANE = q_BANE * head_width**-0.5
+    num_keys = tokens_SW.shape[1]
+    # Heads and clips as one axis, heads first.
+    q_XNE, k_XNE, v_XNE = (x.transpose(0, 1).flatten(0, 1) for x in (q_BANE, k_BANE, v_BANE))
+    q_XNE = q_XNE * head_width**-0.5
 
     padding = num_blocks * size - (num_tokens - 1)
-    q_blocks = functional.pad(q_BANE[:, :, 1:], (0, 0, 0, padding)).reshape(-1, size, head_width)
-    blocked = (num_clips * num_heads * num_blocks, tokens_SW.shape[1], head_width)
-    k_blocks = k_BANE.index_select(2, places).view(blocked)
-    v_blocks = v_BANE.index_select(2, places).view(blocked)
+    q_blocks = functional.pad(q_XNE[:, 1:], (0, 0, 0, padding)).reshape(-1, size, head_width)
+    k_blocks = k_XNE.index_select(1, tokens_SW.flatten()).view(-1, num_keys, head_width)
+    v_blocks = v_XNE.index_select(1, tokens_SW.flatten()).view(-1, num_keys, head_width)
     scores = torch.bmm(q_blocks, k_blocks.transpose(1, 2))
-    scores = scores.view(num_clips, num_heads, num_blocks, size, -1)
-    bias = _lookup(bias_table, _block_rows(codes, tokens_SW, padding, bias_table.shape[0]), 3)
-    scores += bias.masked_fill(~valid_SW[:, None], float("-inf"))
+    scores_ABSGW = scores.view(num_heads, num_clips, num_blocks, size, num_keys)
+    scores_ABSGW += _lookup(bias_table, _block_rows(codes, tokens_SW, padding, bias_table.shape[0]), 3)
+    scores_ABSGW += _hidden(valid_SW[:, None], scores_ABSGW)
     if key_mask is not None:
-        seen = key_mask[:, places].view(num_clips, 1, num_blocks, 1, -1)
-        scores = scores.masked_fill(~seen, float("-inf"))
-    mixed = torch.bmm(scores.softmax(dim=-1).view(-1, size, blocked[1]), v_blocks)
-    mixed_BANE = mixed.view(num_clips, num_heads, num_blocks * size, head_width)[:, :, : num_tokens - 1]
+        scores_ABSGW += _hidden(key_mask[:, tokens_SW].unsqueeze(2), scores_ABSGW)
+    mixed = torch.bmm(scores_ABSGW.softmax(dim=-1).view(-1, size, num_keys), v_blocks)
+    mixed_XNE = mixed.view(-1, num_blocks * size, head_width)[:, : num_tokens - 1]
 
-    cls_bias = torch.cat([bias_table[-1:], bias_table[-3:-2].expand(num_tokens - 1, -1)]).T
-    cls_logits = (q_BANE[:, :, :1] @ k_BANE.transpose(-1, -2)).squeeze(2) + cls_bias
+    cls_bias_AN = torch.cat([bias_table[-1:], bias_table[-3:-2].expand(num_tokens - 1, -1)]).T
+    cls_logits_XN = torch.bmm(q_XNE[:, :1], k_XNE.transpose(1, 2)).squeeze(1)
+    cls_logits_ABN = cls_logits_XN.view(num_heads, num_clips, -1) + cls_bias_AN[:, None]
     if key_mask is not None:
-        cls_logits = cls_logits.masked_fill(~key_mask[:, None], float("-inf"))
-    cls_weights_BAN = cls_logits.softmax(dim=-1)
-    cls_mixed = cls_weights_BAN[:, :, None] @ v_BANE
-    cls_scores = cls_weights_BAN.detach()[:, :, 1:].mean(dim=1) if with_cls_scores else None
-    return AttentionOutput(torch.cat([cls_mixed, mixed_BANE], dim=2), cls_scores)
+        cls_logits_ABN += _hidden(key_mask, cls_logits_ABN)
+    cls_weights_ABN = cls_logits_ABN.softmax(dim=-1)
+    cls_mixed_X1E = torch.bmm(cls_weights_ABN.view(-1, 1, num_tokens), v_XNE)
+    cls_scores = cls_weights_ABN.detach()[:, :, 1:].mean(dim=0) if with_cls_scores else None
+    mixed_XNE = torch.cat([cls_mixed_X1E, mixed_XNE], dim=1)
+    return AttentionOutput(mixed_XNE.unflatten(0, (num_heads, num_clips)).transpose(0, 1), cls_scores)
+
+
+def _hidden(seen: Tensor, scores: Tensor) -> Tensor:
+    """0 where a key is seen, -inf where not. Added, because unlike a fill that costs nothing in the backward
+    pass.
+    """
+    return torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, float("-inf"))
 
 
 def _lookup(bias_table: Tensor, rows: Tensor, trailing: int = 2) -> Tensor:
-    """Bias of every (query, key): (A, ...) for shared rows, (B, A, ...) when rows have a batch axis."""
+    """Bias of every (query, key), heads first: (A, 1, ...) for shared rows, (A, B, ...) for rows of each
+    clip.
+    """
     # One head after the other: both the lookup and its index_add in the backward pass then run along memory.
     bias = bias_table.T.contiguous().index_select(1, rows.flatten()).view(-1, *rows.shape)
-    return bias if rows.dim() == trailing else bias.transpose(0, 1)
+    return bias.unsqueeze(1) if rows.dim() == trailing else bias
 
 
 def _dense_rows(codes: Tensor, num_rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from model import cost
 from model.cost import keep_count
+from model.named_sizes import NAMED_SIZES
 
 
 class Gmacs(NamedTuple):
@@ -54,10 +55,10 @@ class VideoConfig(_Frozen):
     block_size: PositiveInt = 56
     layer_scale_init: float = 0.1
     init_std: float = Field(default=0.02, gt=0)
-    position_init: Literal["zeros", "normal", "time_offsets"] = "zeros"
-    position_init_scale: float = Field(default=1.0, ge=0, description="std of normal, slope of time_offsets")
+    position_init: Literal["zeros", "normal", "motion"] = "zeros"
+    position_init_scale: float = Field(default=1.0, ge=0, description="std of normal, slope of motion")
     eval_edge_seed: int = Field(
-        0, description="random edges of evaluation are a function of this and the layer"
+        default=0, description="random edges of evaluation are a function of this and the layer"
     )
     attention_backend: Literal["auto", "reference", "gather"] = "auto"
     recompute: bool = Field(
@@ -296,42 +297,6 @@ class ModelConfig(_Frozen):
     @staticmethod
     def named(name: str) -> "ModelConfig":
         """One of the named sizes: base (as published), small, tiny."""
-        if name not in _NAMED:
-            raise ValueError(f"no model size is called {name!r}; choose one of {', '.join(_NAMED)}")
-        return ModelConfig.model_validate(_NAMED[name])
-
-
-_NAMED: dict[str, dict[str, Any]] = {
-    "base": {"text": {"cls_id": 101, "mask_id": 103}},
-    "small": {
-        "video": {"width": 384, "num_heads": 6},
-        "text": {"width": 384, "num_heads": 6, "depth": 8, "fusion_layer": 6, "max_length": 64},
-        "multimodal_prune_layers": [6],
-    },
-    "tiny": {
-        "video": {
-            "image_size": 96,
-            "width": 96,
-            "depth": 6,
-            "num_heads": 4,
-            "drop_path": 0.0,
-            "prune_layers": [1, 3],
-            "block_size": 12,
-            "layer_scale_init": 0.5,
-            "init_std": 0.06,
-            "position_init": "time_offsets",
-        },
-        "text": {
-            "vocab_size": 256,
-            "width": 96,
-            "depth": 3,
-            "fusion_layer": 2,
-            "num_heads": 4,
-            "max_length": 32,
-            "dropout": 0.0,
-            "init_std": 0.06,
-        },
-        "joint_width": 64,
-        "multimodal_prune_layers": [2],
-    },
-}
+        if name not in NAMED_SIZES:
+            raise ValueError(f"no model size is called {name!r}; choose one of {', '.join(NAMED_SIZES)}")
+        return ModelConfig.model_validate(NAMED_SIZES[name])

@@ -80,7 +80,8 @@ def wilson_interval(num_correct: int, num_trials: int, z: float = 1.959964) -> t
     denominator = 1 + z**2 / num_trials
     centre = (share + z**2 / (2 * num_trials)) / denominator
     half = z / denominator * sqrt(share * (1 - share) / num_trials + z**2 / (4 * num_trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    return (centre - half if num_correct else 0.0), (centre + half if num_correct < num_trials else 1.0)
 
 
 @dataclass(frozen=True, slots=True)

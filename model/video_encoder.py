@@ -13,10 +13,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import token_codes
-from model.blocks import NORM_EPS, VideoAttention, VideoBlock
+from model.blocks import NORM_EPS, PatchEmbedding, VideoAttention, VideoBlock
 from model.config import VideoConfig
 from model.errors import ModelInputError
 from model.sparsity import EdgeLayout, draw_layouts, keep_count, keep_patches, layouts_to, select_patches
+
+# Offsets (time, height, width) of the query from its preferred key: 1 in time looks one frame back.
+MOTION_OFFSETS: tuple[tuple[int, int, int] | None, ...] = (
+    (1, 0, 0),
+    (-1, 0, 0),
+    (1, 0, 1),
+    (1, 0, -1),
+    (0, 0, 0),
+    None,
+    (1, 1, 0),
+    (1, -1, 0),
+    (-1, 0, 1),
+    (-1, 0, -1),
+    (2, 0, 0),
+    None,
+)
 
 
 class VideoEncoding(NamedTuple):
@@ -38,7 +54,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.patch_embed = PatchEmbedding(config.patch_size, config.width)
         rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
         self.layers = nn.ModuleList(VideoBlock(config, rate) for rate in rates)
         self.pooled_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
@@ -53,12 +69,13 @@ class VideoEncoder(nn.Module):
         std = self.config.init_std
         nn.init.trunc_normal_(self.cls_token, std=std)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | PatchEmbedding):
                 nn.init.trunc_normal_(module.weight, std=std)
-                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
-            if isinstance(module, VideoAttention):
-                nn.init.trunc_normal_(module.qkv_weight, std=std)
-                init_bias_table(module.bias_table, self.config)
+                nn.init.zeros_(module.bias)
+        attentions = [module for module in self.modules() if isinstance(module, VideoAttention)]
+        for number, attention in enumerate(attentions):
+            nn.init.trunc_normal_(attention.qkv_weight, std=std)
+            init_bias_table(attention.bias_table, self.config, number)
 
     def forward(
         self,
@@ -102,11 +119,8 @@ class VideoEncoder(nn.Module):
         return layer(tokens, codes, layout, prunes)
 
     def _embed(self, video_BTCHW: Tensor) -> Tensor:
-        frames = video_BTCHW.to(self.patch_embed.weight.dtype).flatten(0, 1)
-        patches = self.patch_embed(frames).flatten(2).transpose(1, 2)
-        num_clips = video_BTCHW.shape[0]
-        patches = patches.reshape(num_clips, -1, self.config.width)
-        return torch.cat([self.cls_token.expand(num_clips, -1, -1), patches], dim=1)
+        patches = self.patch_embed(video_BTCHW.to(self.cls_token.dtype))
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
     def _check(self, video_BTCHW: Tensor) -> None:
         config = self.config
@@ -130,24 +144,26 @@ class VideoEncoder(nn.Module):
 
 
 @torch.no_grad()
-def init_bias_table(table_RA: Tensor, config: VideoConfig) -> None:
-    """Fill a relative position table.
+def init_bias_table(table_RA: Tensor, config: VideoConfig, layer: int) -> None:
+    """Fill the relative position table of one layer.
 
-    `zeros`: as BEiT; order is then learned from nothing. `normal`: N(0, position_init_scale). `time_offsets`:
-    head a prefers keys 0, 1 earlier, 1 later, 2 earlier ... frames away (bias -scale * distance from it), so
-    that frame order shows in the output from the first step. It is meant for small models trained from
-    scratch.
+    `zeros`: as BEiT; all order is then learned from nothing. `normal`: N(0, position_init_scale). `motion`:
+    each head starts with a preferred offset in time and space (bias -scale * city-block distance from it),
+    the heads of successive layers going through `MOTION_OFFSETS`, one head in six without preference. Order
+    and direction of movement then show in the features from the first step; meant for small models trained
+    from scratch.
     """
     nn.init.zeros_(table_RA)
     if config.position_init == "normal":
         nn.init.normal_(table_RA, std=config.position_init_scale)
-    if config.position_init != "time_offsets":
+    if config.position_init != "motion":
         return
-    span = 2 * config.num_frames - 1
-    offset_T = torch.arange(span, device=table_RA.device) - (config.num_frames - 1)
-    for head in range(table_RA.shape[1]):
-        # Row offsets are query minus key: +1 looks one frame back.
-        distance = (head + 1) // 2 % config.num_frames
-        preferred = distance if head % 2 else -distance
-        slope = -config.position_init_scale * (offset_T - preferred).abs().to(table_RA.dtype)
-        table_RA[:-3, head] = slope.repeat_interleave((len(table_RA) - 3) // span)
+    time = torch.arange(2 * config.num_frames - 1, device=table_RA.device) - (config.num_frames - 1)
+    space = torch.arange(2 * config.grid - 1, device=table_RA.device) - (config.grid - 1)
+    offsets_R3 = torch.cartesian_prod(time, space, space)
+    num_heads = table_RA.shape[1]
+    for head in range(num_heads):
+        preferred = MOTION_OFFSETS[(layer * num_heads + head) % len(MOTION_OFFSETS)]
+        if preferred is not None:
+            distance = (offsets_R3 - offsets_R3.new_tensor(preferred)).abs().sum(dim=1)
+            table_RA[:-3, head] = -config.position_init_scale * distance.to(table_RA.dtype)

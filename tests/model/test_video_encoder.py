@@ -1,0 +1,154 @@
+"""The whole video encoder: pruning, repeatability, frame order, errors."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.blocks import VideoBlock
+from model.errors import ModelInputError
+from model.sparsity import EdgeLayout, draw_layouts
+from model.video_encoder import VideoEncoder
+from model.weights import inflate_bias_table
+from tests.model.tiny import tiny_batch, tiny_config
+
+
+def _encoder(**video: object) -> VideoEncoder:
+    torch.manual_seed(0)
+    return VideoEncoder(tiny_config(video).video).eval()
+
+
+def _clips(**video: object) -> Tensor:
+    return tiny_batch(tiny_config(video)).video
+
+
+def test_survivors_are_nested_ascending_and_counted() -> None:
+    encoding = _encoder()(_clips())
+    first, second = encoding.keep_indices
+    assert first.shape == (6, 18)
+    assert second.shape == (6, 12)
+    assert encoding.tokens_BMD.shape == (6, 13, 16)
+    for earlier, later in zip(first.tolist(), second.tolist(), strict=True):
+        assert earlier == sorted(set(earlier))
+        assert later == sorted(set(later))
+        assert set(later) <= set(earlier) <= set(range(27))
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 27])
+def test_both_backends_give_the_same_encoding_and_gradients(size: int) -> None:
+    results = []
+    for backend in ("reference", "gather"):
+        encoder = _encoder(attention_backend=backend, block_size=size).double()
+        encoding = encoder(_clips().double(), edge_seed=5)
+        encoding.pooled_BD.square().sum().backward()
+        results.append([encoding.tokens_BMD, *encoding.keep_indices, *(p.grad for p in encoder.parameters())])
+    for reference, gather in zip(*results, strict=True):
+        torch.testing.assert_close(reference, gather)
+
+
+def test_evaluation_repeats_and_another_seed_changes_only_sparse_encoders() -> None:
+    clips = _clips()
+    sparse, dense = _encoder(), _encoder(num_random_blocks=None)
+    for encoder, changes in ((sparse, True), (dense, False)):
+        plain = encoder(clips).pooled_BD
+        assert torch.equal(plain, encoder(clips).pooled_BD)
+        assert torch.equal(plain, encoder(clips, edge_seed=encoder.config.eval_edge_seed).pooled_BD)
+        assert torch.equal(plain, encoder(clips, edge_seed=99).pooled_BD) != changes
+
+
+def test_given_layouts_replace_the_drawn_ones() -> None:
+    encoder = _encoder()
+    given: list[EdgeLayout | None] = draw_layouts(encoder.config, 99)
+    assert torch.equal(encoder(_clips(), layouts=given).pooled_BD, encoder(_clips(), edge_seed=99).pooled_BD)
+
+
+def test_one_frame_with_pruning_and_more_random_blocks_than_are_left_runs() -> None:
+    encoder = _encoder(num_frames=1, num_random_blocks=9, keep_rate=0.5, num_local_blocks=3)
+    assert encoder(_clips(num_frames=1)).tokens_BMD.shape == (6, 1 + 3, 16)
+
+
+def test_all_blocks_equal_the_dense_encoder() -> None:
+    clips = _clips()
+    torch.testing.assert_close(
+        _encoder(num_random_blocks=6, attention_backend="gather")(clips).tokens_BMD,
+        _encoder(num_random_blocks=None)(clips).tokens_BMD,
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
+def _inflated_from_image(num_frames: int) -> VideoEncoder:
+    image = _encoder(num_frames=1, num_random_blocks=None, keep_rate=1.0)
+    clip = _encoder(num_frames=num_frames, num_random_blocks=None, keep_rate=1.0)
+    state = {
+        key: inflate_bias_table(value, 1, num_frames) if key.endswith("bias_table") else value
+        for key, value in image.state_dict().items()
+    }
+    clip.load_state_dict(state)
+    return clip.double()
+
+
+def test_an_inflated_image_encoder_is_blind_to_frame_order() -> None:
+    encoder = _inflated_from_image(3)
+    clips = _clips().double()
+    order = torch.tensor([2, 0, 1])
+    plain, shuffled = encoder(clips), encoder(clips[:, order])
+    torch.testing.assert_close(plain.pooled_BD, shuffled.pooled_BD)
+    patches = plain.tokens_BMD[:, 1:].unflatten(1, (3, 9))
+    torch.testing.assert_close(patches[:, order].flatten(1, 2), shuffled.tokens_BMD[:, 1:])
+
+
+@pytest.mark.parametrize("init", ["normal", "motion"])
+def test_position_tables_make_the_encoder_see_frame_order(init: str) -> None:
+    encoder = _encoder(position_init=init).double()
+    clips = _clips().double()
+    difference = (encoder(clips).pooled_BD - encoder(clips.flip(1)).pooled_BD).abs().max()
+    assert float(difference.detach()) > 1e-2
+
+
+def test_the_kept_patches_are_those_that_cls_scored_highest_in_the_layer() -> None:
+    encoder = _encoder(num_random_blocks=None, prune_layers=(0,), keep_rate=0.3)
+    clips = _clips()
+    tokens = torch.cat([encoder.cls_token.expand(6, -1, -1), encoder.patch_embed(clips)], dim=1)
+    block = encoder.layers[0]
+    assert isinstance(block, VideoBlock)
+    after, scores = block(tokens, encoder.codes, None, True)
+    best = scores.argsort(dim=1, descending=True)[:, :9].sort(dim=1).values
+    kept = encoder(clips).keep_indices[0]
+    assert torch.equal(kept, best)
+    assert after.shape == tokens.shape
+
+
+def test_recomputation_changes_neither_values_nor_gradients() -> None:
+    results = []
+    for recompute in (False, True):
+        encoder = _encoder(recompute=recompute, drop_path=0.5).train()
+        torch.manual_seed(1)
+        pooled = encoder(_clips(), edge_seed=3).pooled_BD
+        pooled.square().sum().backward()
+        results.append([pooled, *(p.grad for p in encoder.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_drop_path_acts_in_training_only_and_keeps_the_mean() -> None:
+    config = tiny_config({"drop_path": 0.5}).video
+    block = VideoBlock(config, 0.5)
+    tokens = torch.zeros(4000, 2, 16)
+    with torch.no_grad():
+        scale = block._branch_scale(block.mlp_scale, tokens)
+        assert set(scale[:, 0, 0].tolist()) == {0.0, 2.0}
+        assert float(scale.mean()) == pytest.approx(1.0, abs=0.1)
+        assert torch.equal(block.eval()._branch_scale(block.mlp_scale, tokens), block.mlp_scale)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 4, 3, 12, 12), "clips have 4 frames.*num_frames=4.*load_for_num_frames"),
+        ((1, 3, 3, 12, 16), r"\(3, 12, 16\), the model takes \(3, 12, 12\)"),
+        ((3, 3, 12, 12), r"axes \(B, T, 3, H, W\)"),
+    ],
+)
+def test_clips_of_another_shape_are_refused_with_the_remedy(shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ModelInputError, match=words):
+        _encoder()(torch.zeros(shape))

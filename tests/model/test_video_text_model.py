@@ -1,0 +1,219 @@
+"""The whole model: the training objective, its randomness, padding, fusion."""
+
+import copy
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.errors import ModelInputError
+from model.losses import ego_nce, positives_mask
+from model.step_key import StepKey
+from model.video_text_model import LossTerms, VideoTextModel
+from tests.model.tiny import tiny_batch, tiny_config
+
+
+def _model(config: ModelConfig | None = None) -> VideoTextModel:
+    torch.manual_seed(0)
+    return VideoTextModel(config or tiny_config())
+
+
+def _terms(model: VideoTextModel, key: StepKey, **change: object) -> LossTerms:
+    return model(*tiny_batch(model.config)._replace(**change), key)
+
+
+def test_losses_are_scalars_that_add_up_and_reach_every_parameter() -> None:
+    model = _model(tiny_config(vtc_weight=0.5, vtm_weight=2.0, learn_temperature=True))
+    terms = _terms(model, StepKey(0, 0))
+    for term in terms:
+        assert term.shape == ()
+        assert term.dtype == torch.float32
+    torch.testing.assert_close(terms.total, 0.5 * terms.vtc + 2 * terms.vtm + terms.mlm)
+    terms.total.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+
+
+def test_contrastive_term_is_ego_nce_of_the_features() -> None:
+    config = tiny_config(vtc_directions="mean")
+    model, batch = _model(config).eval(), tiny_batch(config)
+    with torch.no_grad():
+        terms = model(*batch, StepKey(0, 0))
+        video = model.encode_video(batch.video).features_BP
+        text = model.encode_text(batch.text_ids, batch.text_mask).features_BP
+        expected = ego_nce(text @ video.T / 0.05, positives_mask(batch.verbs, batch.nouns), "mean")
+    torch.testing.assert_close(terms.vtc, expected)
+    torch.testing.assert_close(video.norm(dim=1), torch.ones(6))
+
+
+def test_a_step_repeats_exactly_and_steps_and_ranks_differ() -> None:
+    config = tiny_config({"drop_path": 0.3}, text={"dropout": 0.2})
+    model = _model(config)
+    plain = _terms(model, StepKey(0, 5, 1))
+    torch.manual_seed(999)
+    state = torch.get_rng_state()
+    again = _terms(model, StepKey(0, 5, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    for other in (StepKey(0, 6, 1), StepKey(0, 5, 0), StepKey(1, 5, 1)):
+        assert not torch.equal(_terms(model, other).total, plain.total)
+
+
+def test_random_edges_are_shared_by_ranks_and_fixed_in_evaluation() -> None:
+    config = tiny_config(vtm_weight=0, mlm_weight=0)
+    model = _model(config)
+    a, b, c = (_terms(model, key).vtc for key in (StepKey(0, 1, 0), StepKey(0, 1, 3), StepKey(0, 2, 0)))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    model.eval()
+    assert torch.equal(_terms(model, StepKey(0, 1)).vtc, _terms(model, StepKey(0, 2)).vtc)
+
+
+def test_what_stands_in_the_padding_does_not_matter() -> None:
+    config = tiny_config()
+    model, batch = _model(config), tiny_batch(config)
+    other = batch.text_ids.where(batch.text_mask, 17)
+    key = StepKey(0, 0)
+    for plain, changed in zip(model(*batch, key), model(*batch._replace(text_ids=other), key), strict=True):
+        torch.testing.assert_close(plain, changed)
+
+
+@pytest.mark.parametrize("off", ["vtc_weight", "vtm_weight", "mlm_weight"])
+def test_a_loss_of_weight_zero_is_not_computed(off: str) -> None:
+    model = _model(tiny_config(**{off: 0}))
+    terms = _terms(model, StepKey(0, 0))
+    assert float(getattr(terms, off.removesuffix("_weight"))) == 0
+    terms.total.backward()
+    head = {
+        "vtc_weight": "video_projection",
+        "vtm_weight": "vtm_head",
+        "mlm_weight": "text_encoder.mlm_head.transform",
+    }
+    part = model.get_submodule(head[off])
+    assert all(parameter.grad is None for parameter in part.parameters()) or off == "vtc_weight"
+
+
+def test_batches_without_negatives_stay_finite() -> None:
+    config = tiny_config()
+    model = _model(config)
+    one = tiny_batch(config).rows(slice(0, 1))
+    same = tiny_batch(config)
+    same = same._replace(verbs=torch.ones_like(same.verbs), nouns=torch.ones_like(same.nouns))
+    for batch in (one, same):
+        terms = model(*batch, StepKey(0, 0))
+        assert float(terms.vtm.detach()) == 0
+        terms.total.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_rows_of_one_clip_are_positives_of_one_another() -> None:
+    config = tiny_config(vtm_weight=0, mlm_weight=0)
+    model, batch = _model(config).eval(), tiny_batch(config)
+    empty = batch._replace(verbs=torch.zeros_like(batch.verbs))
+    with torch.no_grad():
+        plain = model(*empty, StepKey(0, 0))
+        joined = model(*empty, StepKey(0, 0), clip_index_B=torch.tensor([0, 0, 2, 3, 4, 5]))
+    assert joined.vtc < plain.vtc
+
+
+def test_companions_as_extra_rows_run_through_all_losses() -> None:
+    config = tiny_config()
+    batch = tiny_batch(config, num_clips=12)
+    assert _model(config)(*batch, StepKey(0, 0)).total.isfinite()
+
+
+def test_temperature_is_clamped_in_value_but_keeps_its_gradient() -> None:
+    model = _model(tiny_config(temperature=0.9, learn_temperature=True))
+    assert float(model.temperature().detach()) == pytest.approx(0.5)
+    _terms(model, StepKey(0, 0)).vtc.backward()
+    assert model.learned_temperature is not None
+    assert model.learned_temperature.shape == (1,)
+    assert model.learned_temperature.grad is not None
+    assert float(model.learned_temperature.grad) != 0
+
+
+def test_the_smallest_temperature_stays_finite() -> None:
+    terms = _terms(_model(tiny_config(temperature=0.001)), StepKey(0, 0))
+    assert terms.total.isfinite()
+
+
+def test_multimodal_pruning_of_rate_one_changes_nothing_and_cls_stays() -> None:
+    plain, pruned = _model(), _model(tiny_config(multimodal_keep_rate=0.25))
+    batch = tiny_batch(plain.config)
+    video = plain.encode_video(batch.video).tokens_BMD
+    states = plain.encode_text(batch.text_ids, batch.text_mask).states_BLD
+    assert plain.fuse(states, batch.text_mask, video).keep_indices == ()
+    fused = pruned.fuse(states, batch.text_mask, video)
+    assert fused.keep_indices[0].shape == (6, 3)
+    # Layer 2 sees only CLS and the kept patches: the others may hold anything once layer 1 has run.
+    hit = torch.zeros(6, 13, dtype=torch.bool)
+    hit[:, 0] = True
+    hit.scatter_(1, fused.keep_indices[0] + 1, True)
+    layer = pruned.text_encoder.layers[2]
+    mask = batch.text_mask[:, None, None]
+    seen, _ = layer(states, mask, video, None, fused.keep_indices[0], None)
+    changed, _ = layer(states, mask, video.where(hit[..., None], 7.0), None, fused.keep_indices[0], None)
+    assert torch.equal(seen, changed)
+
+
+def test_pairs_name_their_clip() -> None:
+    model = _model(tiny_config(multimodal_keep_rate=0.5)).double().eval()
+    batch = tiny_batch(model.config)
+    video = model.encode_video(batch.video.double()).tokens_BMD
+    states = model.encode_text(batch.text_ids, batch.text_mask).states_BLD
+    clip = torch.tensor([3, 0, 0, 5, 2, 1])
+    by_index = model.fuse(states, batch.text_mask, video, clip)
+    by_rows = model.fuse(states, batch.text_mask, video[clip])
+    torch.testing.assert_close(by_index.states_QLD, by_rows.states_QLD)
+    assert torch.equal(by_index.keep_indices[0], by_rows.keep_indices[0])
+
+
+def test_captions_that_do_not_fit_are_refused_with_their_rows() -> None:
+    model = _model()
+    batch = tiny_batch(model.config)
+    mask = batch.text_mask.clone()
+    mask[[2, 4]] = False
+    with pytest.raises(ModelInputError, match=r"rows \[2, 4\] have no tokens"):
+        model.encode_text(batch.text_ids, mask)
+    with pytest.raises(ModelInputError, match="must be bool"):
+        model.encode_text(batch.text_ids, mask.long())
+    with pytest.raises(ModelInputError, match="9 tokens, the model has 8 positions"):
+        model.encode_text(torch.ones(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.bool))
+
+
+def test_the_state_dict_holds_no_tensor_twice_and_restores_the_tie() -> None:
+    model = _model()
+    state = model.state_dict()
+    pointers = [value.data_ptr() for value in state.values()]
+    assert len(set(pointers)) == len(pointers)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(state)
+    head = twin.text_encoder.mlm_head.decoder
+    assert head.weight is twin.text_encoder.embeddings.word_embeddings.weight
+    assert torch.equal(head.weight, model.text_encoder.embeddings.word_embeddings.weight)
+
+
+def test_a_few_updates_lower_the_loss() -> None:
+    config = tiny_config()
+    model, batch = _model(config), tiny_batch(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(30):
+        optimizer.zero_grad()
+        total = model(*batch, StepKey(0, step)).total
+        total.backward()
+        optimizer.step()
+        losses.append(float(total.detach()))
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_half_precision_models_return_float32_losses(dtype: torch.dtype) -> None:
+    model = _model().to(dtype)
+    terms = _terms(model, StepKey(0, 0))
+    assert terms.total.dtype == torch.float32
+    terms.total.backward()
+    assert terms.total.isfinite()

@@ -1,0 +1,134 @@
+"""Position tables for other frame counts, and strict loading."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.config import ModelConfig
+from model.errors import WeightsError
+from model.video_text_model import VideoTextModel
+from model.weights import from_official, inflate_bias_table, load_for_num_frames
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "svitt"
+CONFIG = ModelConfig.named("tiny").replaced(
+    video={"image_size": 32, "block_size": 2, "position_init": "normal"}
+)
+
+
+def _cases() -> list[str]:
+    return [name for name in json.loads((GOLDEN / "cases.json").read_text()) if name.startswith("inflate/")]
+
+
+@pytest.mark.parametrize("name", _cases())
+def test_nearest_rule_equals_the_published_maps(name: str) -> None:
+    case = json.loads((GOLDEN / "cases.json").read_text())[name]
+    tensors = load_file(GOLDEN / "inflation.safetensors")
+    table, expected = tensors[case["prefix"] + "in"], tensors[case["prefix"] + "out"]
+    assert torch.equal(inflate_bias_table(table, case["source_frames"], case["target_frames"]), expected)
+
+
+def _offsets(num_frames: int) -> torch.Tensor:
+    """A table of one spatial offset that holds its own time offset, and -7, -8, -9 for CLS."""
+    time = torch.arange(-(num_frames - 1), num_frames, dtype=torch.float32)
+    return torch.cat([time, torch.tensor([-7.0, -8.0, -9.0])])[:, None]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (4, 8, [-3, -3, -3, -2, -2, -1, -1, 0, 0, 1, 1, 2, 2, 3, 3]),
+        (2, 4, [-1, -1, -1, 0, 0, 1, 1]),
+        (8, 4, [-7, -5, -3, -1, 1, 3, 5]),
+        (1, 4, [0] * 7),
+    ],
+)
+def test_nearest_rule_by_hand(old: int, new: int, expected: list[int]) -> None:
+    out = inflate_bias_table(_offsets(old), old, new)[:, 0].tolist()
+    assert out[-3:] == [-7, -8, -9]
+    assert out[:-3] == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (4, 8, [-3, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3]),
+        (8, 4, [-6, -4, -2, 0, 2, 4, 6]),
+        (1, 4, [0] * 7),
+        (4, 4, [-3, -2, -1, 0, 1, 2, 3]),
+        (4, 1, [0]),
+    ],
+)
+def test_interpolation_keeps_zero_and_is_symmetric(old: int, new: int, expected: list[float]) -> None:
+    out = inflate_bias_table(_offsets(old), old, new, "interpolate")[:, 0].tolist()
+    assert out[-3:] == [-7, -8, -9]
+    assert out[:-3] == pytest.approx(expected)
+
+
+def test_a_table_of_another_frame_count_is_refused() -> None:
+    with pytest.raises(WeightsError, match="not one of 3 frames"):
+        inflate_bias_table(_offsets(4), 3, 8)
+
+
+def test_weights_of_fewer_frames_are_inflated_and_the_rest_taken() -> None:
+    torch.manual_seed(0)
+    source = VideoTextModel(CONFIG)
+    target = VideoTextModel(
+        CONFIG.replaced(video={"num_frames": 8, "keep_rate": 0.6, "num_random_blocks": 5})
+    )
+    report = load_for_num_frames(target, source.state_dict())
+    assert len(report.inflated) == 6
+    assert not report.new
+    assert not report.unused
+    assert len(report.matched) + 6 == len(target.state_dict())
+    name = "video_encoder.layers.2.attention.bias_table"
+    assert torch.equal(target.state_dict()[name], inflate_bias_table(source.state_dict()[name], 4, 8))
+    assert torch.equal(target.vtm_head.weight, source.vtm_head.weight)
+    assert report.summary() == f"{len(report.matched)} keys matched, 6 inflated, 0 new, 0 unused"
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_changed() -> None:
+    torch.manual_seed(0)
+    model = VideoTextModel(CONFIG)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = dict(VideoTextModel(CONFIG).state_dict())
+    state["vtm_head.weight"] = torch.zeros(3, 96)
+    state["surplus"] = torch.zeros(1)
+    state["video_encoder.layers.0.attention.bias_table"] = torch.zeros(10, 4)
+    del state["text_projection.bias"]
+    with pytest.raises(WeightsError) as caught:
+        load_for_num_frames(model, state)
+    for words in (
+        "vtm_head.weight: shape (3, 96), the model has (2, 96)",
+        "surplus: not part",
+        "text_projection.bias: missing",
+        "bias_table: shape (10, 4)",
+        "4 problems",
+    ):
+        assert words in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_new_and_unused_keys_pass_only_when_allowed() -> None:
+    model = VideoTextModel(CONFIG)
+    state = dict(model.state_dict())
+    state["surplus"] = torch.zeros(1)
+    del state["text_projection.bias"]
+    report = load_for_num_frames(model, state, allow_new=True, allow_unused=True)
+    assert report.new == ("text_projection.bias",)
+    assert report.unused == ("surplus",)
+
+
+def test_a_learned_temperature_is_optional_either_way() -> None:
+    fixed, learned = VideoTextModel(CONFIG), VideoTextModel(CONFIG.replaced(learn_temperature=True))
+    assert load_for_num_frames(learned, fixed.state_dict()).new == ("learned_temperature",)
+    assert load_for_num_frames(fixed, learned.state_dict()).unused == ("learned_temperature",)
+
+
+def test_unknown_published_keys_are_refused() -> None:
+    with pytest.raises(WeightsError, match="momentum_queue"):
+        from_official({"momentum_queue": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="only"):
+        from_official({"vision_encoder.encoder.layer.0.attention.attention.key.weight": torch.zeros(4, 4)})
