@@ -132,7 +132,9 @@ def _book(px: float, tint: Callable[[Colour], Colour]) -> ObjectSprites:
 
 
 def _laptop(px: float, tint: Callable[[Colour], Colour]) -> ObjectSprites:
-    grey = tint((168, 172, 178))
+    # A grey that took a tint would be some other colour.
+    level = sum(tint((172, 172, 172))) // 3
+    grey = (level - 4, level, level + 6)
     body, outer, inner = (Painter(1.8, 2.6, px) for _ in range(3))
     body.box(-1.1, -0.72, 1.1, 0.72, grey, 0.06)
     for y in (-0.5, -0.26, -0.02):
