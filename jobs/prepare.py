@@ -215,8 +215,8 @@ def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> Non
             f"\n    {clip.clip_id}: {clip.reason.value}: {clip.detail}" for clip in rejected[:NUM_EXAMPLES]
         )
         faults.append(
-            f"{built.name}: {lost} of {num_clips + lost} clips lost ({share:.1%}, allowed {max_rejected_share:.1%}): "
-            f"{reasons or 'no rejected clip'}; {built.num_lost_rows} unusable rows. "
+            f"{built.name}: {lost} of {num_clips + lost} clips lost "
+            f"({share:.1%}, allowed {max_rejected_share:.1%}): {reasons or 'no rejected clip'}; {built.num_lost_rows} unusable rows. "
             f"All are listed in {built.out_dir / REJECTED_FILE}; the first:{examples}"
         )
     if faults:

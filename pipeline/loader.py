@@ -72,6 +72,8 @@ class FramePipeline:
         num_threads: int = 1,
         device: Literal["cpu", "gpu"] = "cpu",
     ) -> None:
+        if device == "gpu" and not torch.cuda.is_available():
+            raise DataError("loader.device is gpu, and torch finds no GPU here; set loader.device to cpu")
         self.num_frames = num_frames
         self.image_size = image_size
         self._device = device

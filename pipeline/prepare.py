@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.config import PrepareConfig
 from pipeline.decode import PyAvDecoder
+from pipeline.decode_dali import DaliGpuDecoder
 from pipeline.egoclip import ClipRecord
 from pipeline.errors import DataError, Reason, VideoError
 from pipeline.frame_match import DecodedFrame, FrameDecoder, FrameFailure, FrameRequest
@@ -115,12 +116,16 @@ def _content_key(
 
 
 def build_decoder(name: Literal["pyav", "dali_gpu"]) -> FrameDecoder:
-    """The decoder of the recipe. DALI's is imported only when asked for."""
+    """The decoder of the recipe. Raises DataError when it wants a GPU and there is none."""
     if name == "pyav":
         return PyAvDecoder()
-    from pipeline.decode_dali import DaliGpuDecoder
-
-    return DaliGpuDecoder()
+    try:
+        return DaliGpuDecoder()
+    except RuntimeError as error:
+        raise DataError(
+            "prepare.decoder is dali_gpu, and DALI cannot use a GPU on this machine; set prepare.decoder to pyav, or "
+            f"run where there is one ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def build_shard(plan: ShardPlan, out_dir: str | Path, decoder: FrameDecoder | None = None) -> ShardReceipt:

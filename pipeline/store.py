@@ -11,6 +11,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +56,14 @@ class ClipStore:
         self._crc32 = _ragged(table["frame_crc32"])[1].reshape(-1, num_frames)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __enter__(self) -> "ClipStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return len(self._shard)

@@ -5,6 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 import webdataset as wds
 from PIL import Image
 from video_files import read_barcode, write_video
@@ -13,7 +14,7 @@ from pipeline.config import PrepareConfig
 from pipeline.egoclip import make_record
 from pipeline.errors import DataError, Reason
 from pipeline.manifest import build_manifest, read_manifest, verify_set, write_manifest, write_rejected
-from pipeline.prepare import build_shard, find_video, plan_shards, shard_settings
+from pipeline.prepare import build_decoder, build_shard, find_video, plan_shards, shard_settings
 
 CONFIG = PrepareConfig(num_frames=4, short_side=48, jpeg_quality=95, clips_per_shard=2)
 
@@ -220,3 +221,9 @@ def test_verification_names_every_file_that_differs(published):
         "shard-00001.tar: its SHA-256 differs from the manifest",
         "shard-00002.tar: missing",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
+def test_a_gpu_decoder_without_a_gpu_says_what_to_set():
+    with pytest.raises(DataError, match="set prepare.decoder to pyav"):
+        build_decoder("dali_gpu")

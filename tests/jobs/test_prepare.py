@@ -1,0 +1,225 @@
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from rich.console import Console
+from video_files import write_video
+
+from jobs.prepare import run_prepare, serial_mapper
+from jobs.progress import ProgressReport
+from pipeline.config import PrepareConfig
+from pipeline.egoclip import EgoClipRow, write_egoclip
+from pipeline.errors import DataError, TooManyRejectedError
+from pipeline.manifest import read_manifest
+from pipeline.questions import read_questions
+from pipeline.store import ClipStore
+
+CONFIG = PrepareConfig(num_frames=2, short_side=48, clips_per_shard=3, max_rejected_share=0.0)
+# Six videos of 6 s, train: a. Held out: p, q, r, s, t.
+HELD_OUT = ("p", "q", "r", "s", "t")
+
+
+def row(number, uid, start_s, text="#C C opens a box", verbs=(0,), nouns=(0,)):
+    return EgoClipRow(
+        number, uid, 6.0, "narration_pass_1", number, start_s + 0.5, start_s, start_s + 1, text, verbs, nouns
+    )
+
+
+def mcq_clip(uid, start_s, verb, noun, text):
+    return {
+        "video_uid": uid,
+        "clip_start": start_s,
+        "clip_end": start_s + 1,
+        "clip_text": text,
+        "narration_time": start_s + 0.5,
+        "tag_verb": str([verb]),
+        "tag_noun": str([noun]),
+    }
+
+
+def question(kind, answer, choices):
+    query = {**choices[answer]}
+    return {
+        "types": kind,
+        "answer": answer,
+        "query": query,
+        "choices": {str(k): c for k, c in enumerate(choices)},
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    for uid in ("a", *HELD_OUT):
+        write_video(folder / "videos" / f"{uid}.mp4", num_frames=180)
+    write_egoclip(folder / "egoclip.csv", [row(k, "a", 0.7 * k) for k in range(7)])
+    intra = [mcq_clip("p", k, k % 2, k // 2, f"#C C does {k}") for k in range(5)]
+    inter = [mcq_clip(uid, 1, 0, 0, "#C C opens a box") for uid in HELD_OUT]
+    # Answer 0 opens box 0 and choice 1 closes it: a probe. For answer 4 no choice closes noun 2.
+    questions = {"0": question(2, 0, intra), "1": question(1, 3, inter), "2": question(2, 4, intra)}
+    (folder / "egomcq.json").write_text(json.dumps(questions))
+    taxonomy = {"verbs": ["open", "close"], "nouns": ["box", "jar", "lid"], "reversed_verbs": [[0, 1]]}
+    (folder / "taxonomy.json").write_text(json.dumps(taxonomy))
+    return folder
+
+
+def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, **changes):
+    paths = {
+        "egoclip_tsv": world / "egoclip.csv",
+        "egomcq_json": world / "egomcq.json",
+        "videos_dir": world / "videos",
+        "taxonomy": world / "taxonomy.json",
+        **changes,
+    }
+    progress = ProgressReport(Console(quiet=True))
+    return run_prepare(out_dir=out_dir, config=config, mapper=mapper, progress=progress, **paths)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_both_sets_are_published_and_agree_with_the_annotations(world, tmp_path):
+    result = prepare(world, tmp_path)
+    assert result.train == read_manifest(tmp_path / "train")
+    assert (result.train.num_clips, len(result.train.shards)) == (7, 3)
+    assert (result.train.num_verbs, result.train.num_nouns) == (2, 3)
+    assert result.train.taxonomy is not None
+    assert result.train.source["rows"] == 7
+    assert result.egomcq is not None
+    # Five intra clips and five inter clips; p from 1 s stands in both, with another caption.
+    assert result.egomcq.num_clips == 10
+    assert set(result.train.files) == {"vocab.txt"}
+    assert set(result.egomcq.files) == {"questions.json"}
+    with ClipStore(tmp_path / "egomcq") as store:
+        assert len(store) == 10
+
+
+def test_questions_name_stored_clips_and_the_probe(world, tmp_path):
+    prepare(world, tmp_path)
+    question_set = read_questions(tmp_path / "egomcq")
+    assert question_set.unreadable == ()
+    assert [(q.question_id, q.kind, q.answer, q.is_probe) for q in question_set.questions] == [
+        (0, "intra", 0, True),
+        (1, "inter", 3, False),
+        (2, "intra", 4, False),
+    ]
+    with ClipStore(tmp_path / "egomcq") as store:
+        for item in question_set.questions:
+            rows = store.rows_of(item.choices)
+            assert store.caption(rows[item.answer]) == item.caption
+            assert item.query_clip_id == item.choices[item.answer]
+
+
+def test_workers_and_their_order_do_not_change_a_byte(world, tmp_path):
+    def threads_backwards(fn, items):
+        with ThreadPoolExecutor(2) as pool:
+            yield from reversed(list(pool.map(fn, items)))
+
+    prepare(world, tmp_path / "one")
+    prepare(world, tmp_path / "two", mapper=threads_backwards)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_rerun_after_loss_and_damage_rebuilds_only_that_and_gives_the_same_bytes(world, tmp_path):
+    first = prepare(world, tmp_path)
+    before = contents(tmp_path)
+    kept = (tmp_path / "train" / "shard-00000.tar").stat().st_mtime_ns
+    (tmp_path / "train" / "shard-00001.tar").unlink()
+    (tmp_path / "train" / "shard-00002.tar").write_bytes(b"half")
+    (tmp_path / "train" / "manifest.json").unlink()
+    (tmp_path / "train" / ".shard-00002.tar.123.partial").write_bytes(b"left over")
+    second = prepare(world, tmp_path)
+    assert second == first
+    assert contents(tmp_path) == before
+    assert (tmp_path / "train" / "shard-00000.tar").stat().st_mtime_ns == kept
+
+
+def test_work_items_survive_the_way_to_another_process(world, tmp_path):
+    def pickled(fn, items):
+        for item in items:
+            copied_fn, copied_item = pickle.loads(pickle.dumps((fn, item)))
+            yield pickle.loads(pickle.dumps(copied_fn(copied_item)))
+
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, [row(0, "a", 0.0), row(1, "gone", 0.0)])
+    config = CONFIG.model_copy(update={"max_rejected_share": 0.5})
+    result = prepare(world, tmp_path / "out", config, pickled, egoclip_tsv=tsv)
+    assert result.train.rejected_by_reason == {"missing_video": 1}
+
+
+def test_a_run_that_dies_in_the_middle_leaves_no_manifest_and_is_continued(world, tmp_path):
+    prepare(world, tmp_path / "calm")
+
+    def dies(fn, items):
+        for number, item in enumerate(items):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield fn(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(world, tmp_path / "killed", mapper=dies)
+    assert not (tmp_path / "killed" / "train" / "manifest.json").exists()
+    prepare(world, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+
+
+def test_fewer_clips_leave_no_stale_shard_behind(world, tmp_path):
+    first = prepare(world, tmp_path)
+    second = prepare(world, tmp_path, CONFIG.model_copy(update={"clips_per_shard": 7}))
+    assert [path.name for path in sorted((tmp_path / "train").glob("*.tar"))] == ["shard-00000.tar"]
+    assert second.train.fingerprint != first.train.fingerprint
+    assert second.train.num_clips == first.train.num_clips
+
+
+def test_too_many_losses_stop_with_the_list_and_lose_nothing(world, tmp_path):
+    rows = [row(k, "a", 0.7 * k) for k in range(7)] + [row(9, "gone", 1.0), row(10, "gone", 2.0)]
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, rows)
+    with tsv.open("a") as out:
+        out.write("a bad row\n")
+    out_dir = tmp_path / "out"
+    with pytest.raises(TooManyRejectedError) as caught:
+        prepare(world, out_dir, egoclip_tsv=tsv)
+    message = str(caught.value)
+    assert "train: 3 of 10 clips lost (30.0%, allowed 0.0%): missing_video 2; 1 unusable rows" in message
+    assert "gone.mp4" in message
+    assert len((out_dir / "train" / "rejected.jsonl").read_text().splitlines()) == 2
+    assert not (out_dir / "train" / "manifest.json").exists()
+    kept = (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns
+    result = prepare(world, out_dir, CONFIG.model_copy(update={"max_rejected_share": 0.3}), egoclip_tsv=tsv)
+    assert (result.train.num_clips, result.train.num_rejected) == (7, 2)
+    assert result.train.source["counts"] == {"bad_row": 1}
+    assert (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns == kept
+
+
+def test_questions_with_an_unreadable_clip_are_counted_and_not_scored(world, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for path in (world / "videos").iterdir():
+        (videos / path.name).write_bytes(path.read_bytes() if path.stem != "t" else b"no video")
+    result = prepare(
+        world, tmp_path / "out", CONFIG.model_copy(update={"max_rejected_share": 0.2}), videos_dir=videos
+    )
+    assert result.egomcq is not None
+    assert result.egomcq.rejected_by_reason == {"not_a_video": 1}
+    assert result.egomcq.source["unreadable"] == 1
+    question_set = read_questions(tmp_path / "out" / "egomcq")
+    assert question_set.unreadable == (1,)
+    assert [q.question_id for q in question_set.questions] == [0, 2]
+
+
+def test_without_a_taxonomy_the_tags_still_have_a_width_and_there_is_no_probe(world, tmp_path):
+    result = prepare(world, tmp_path, taxonomy=None)
+    assert (result.train.num_verbs, result.train.num_nouns) == (2, 3)
+    assert not any(q.is_probe for q in read_questions(tmp_path / "egomcq").questions)
+
+
+def test_a_tag_the_taxonomy_does_not_have_is_an_error_that_names_the_clip(world, tmp_path):
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, [row(0, "a", 0.0, verbs=(7,))])
+    with pytest.raises(DataError, match="verbs class 7, the taxonomy has 2 verbs"):
+        prepare(world, tmp_path / "out", egoclip_tsv=tsv)
