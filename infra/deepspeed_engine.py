@@ -99,8 +99,9 @@ class DeepSpeedEngine:
     def save(self, directory: Path) -> None:
         with _quiet():
             self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-        if rank() == 0:  # a script with the authority of whoever wrote the checkpoint has no place in it
-            (directory / "zero_to_fp32.py").unlink(missing_ok=True)
+        if rank() == 0:  # DeepSpeed adds a conversion script; code has no place in a checkpoint
+            for script in directory.glob("*.py"):
+                script.unlink()
 
     def load(self, directory: Path) -> None:
         if not (directory / _TAG).is_dir():
@@ -129,7 +130,8 @@ class DeepSpeedEngine:
         is_writer = rank() == 0
         state: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
-            whole = safe_get_full_fp32_param(parameter) if self._config.zero_stage else parameter
+            with _quiet():
+                whole = safe_get_full_fp32_param(parameter) if self._config.zero_stage else parameter
             if whole is None:  # frozen parameters have no optimizer state
                 whole = parameter
             if is_writer:

@@ -1,0 +1,172 @@
+"""What a stage measured, on disk first: an append-only file of metrics, params and tags, one JSON line each.
+
+Tracking servers are fed from it (see mlflow_tracker), so losing one loses nothing. A `resume` line voids the
+metrics of later steps before it: after a crash those steps are computed and written again.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Scalar = str | int | float | bool | None
+
+
+class Tracker(Protocol):
+    """Where the training loop reports; never blocks on a network and never fails the step."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+
+    def tags(self, values: Mapping[str, Scalar]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullTracker:
+    """Reports to nobody: for tests and for ranks other than 0."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        return None
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        return None
+
+    def tags(self, values: Mapping[str, Scalar]) -> None:
+        return None
+
+    def flush(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class Journal:
+    """Tracker that appends to a file. One writer at a time; readers may follow it while it grows."""
+
+    def __init__(
+        self, path: Path, resume_step: int | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
+        self.path = path
+        self._clock = clock
+        self._file = path.open("a", encoding="utf-8")
+        if resume_step is not None:
+            self._write({"kind": "resume", "step": resume_step})
+            self.flush()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values of one step. Names are like `train/loss`; NaN and infinities are kept."""
+        self._write({"kind": "metrics", "step": step, "values": {k: _number(v) for k, v in values.items()}})
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Add settings. A nested mapping becomes flat, with dotted names."""
+        self._write({"kind": "params", "values": flatten(values)})
+
+    def tags(self, values: Mapping[str, Scalar]) -> None:
+        """Add or replace readable facts: provenance, checkpoint paths, fingerprints."""
+        self._write({"kind": "tags", "values": {key: str(value) for key, value in values.items()}})
+
+    def flush(self) -> None:
+        """Put everything written so far on disk; call it once per logging interval."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(
+            json.dumps({**record, "time_ms": round(self._clock() * 1000)}, sort_keys=True) + "\n"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a journal. `step` is -1 for params and tags."""
+
+    kind: Literal["metrics", "params", "tags", "resume"]
+    step: int
+    time_ms: int
+    values: Mapping[str, Any]
+
+
+def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
+    """Complete lines from byte `offset` on, and the offset after them. An unfinished last line stays for later."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = content[: content.rfind(b"\n") + 1]
+    return [_parse(line) for line in whole.splitlines() if line.strip()], offset + len(whole)
+
+
+def valid_records(path: Path) -> list[Record]:
+    """All records that count: metrics of steps that a later `resume` line computed again are left out."""
+    kept: list[Record] = []
+    for record in read_journal(path)[0]:
+        if record.kind == "resume":
+            kept = [r for r in kept if r.kind != "metrics" or r.step <= record.step]
+        else:
+            kept.append(record)
+    return kept
+
+
+def metric_history(path: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric in the order of steps, as the loss curve of a run."""
+    points = [
+        (r.step, r.values[name]) for r in valid_records(path) if r.kind == "metrics" and name in r.values
+    ]
+    return sorted(points)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": [1, {"c": 2}]}} -> {"a.b.0": "1", "a.b.1.c": "2"}; a list of plain values stays one text."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        elif isinstance(value, list | tuple) and any(
+            isinstance(item, Mapping | list | tuple) for item in value
+        ):
+            flat.update(flatten({str(i): item for i, item in enumerate(value)}, f"{name}."))
+        else:
+            flat[name] = str(value)
+    return flat
+
+
+def _parse(line: bytes) -> Record:
+    raw = json.loads(line)
+    values = raw.get("values", {})
+    if raw["kind"] == "metrics":
+        values = {name: float(value) for name, value in values.items()}
+    return Record(raw["kind"], raw.get("step", -1), raw["time_ms"], values)
+
+
+def _number(value: float) -> float | str:
+    value = float(value)
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN; float("nan") reads it back
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A writer killed in the middle of a line leaves a tail that would spoil the next line."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
