@@ -216,7 +216,8 @@ def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> Non
         )
         faults.append(
             f"{built.name}: {lost} of {num_clips + lost} clips lost "
-            f"({share:.1%}, allowed {max_rejected_share:.1%}): {reasons or 'no rejected clip'}; {built.num_lost_rows} unusable rows. "
+            f"({share:.1%}, allowed {max_rejected_share:.1%}): {reasons or 'no rejected clip'}; "
+            f"{built.num_lost_rows} unusable rows. "
             f"All are listed in {built.out_dir / REJECTED_FILE}; the first:{examples}"
         )
     if faults:

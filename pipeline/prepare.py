@@ -123,8 +123,8 @@ def build_decoder(name: Literal["pyav", "dali_gpu"]) -> FrameDecoder:
         return DaliGpuDecoder()
     except RuntimeError as error:
         raise DataError(
-            "prepare.decoder is dali_gpu, and DALI cannot use a GPU on this machine; set prepare.decoder to pyav, or "
-            f"run where there is one ({str(error).splitlines()[0][:200]})"
+            "prepare.decoder is dali_gpu, and DALI cannot use a GPU on this machine; set prepare.decoder "
+            f"to pyav, or run where there is one ({str(error).splitlines()[0][:200]})"
         ) from error
 
 

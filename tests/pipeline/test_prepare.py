@@ -225,5 +225,5 @@ def test_verification_names_every_file_that_differs(published):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
 def test_a_gpu_decoder_without_a_gpu_says_what_to_set():
-    with pytest.raises(DataError, match="set prepare.decoder to pyav"):
+    with pytest.raises(DataError, match=r"set prepare\.decoder to pyav"):
         build_decoder("dali_gpu")
