@@ -16,7 +16,7 @@ class WorldConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="decides every script, picture and identifier")
     num_train_videos: int = Field(default=36, ge=1, description="videos for training")
     num_heldout_videos: int = Field(
-        default=12, ge=0, description="videos whose clips are only used for EgoMCQ"
+        default=13, ge=0, description="videos whose clips are only used for EgoMCQ"
     )
     video_s: tuple[float, float] = Field(
         default=(36.0, 54.0), description="shortest and longest video, seconds"

@@ -104,7 +104,7 @@ def _encode(spec: VideoSpec, path: Path, key: str) -> None:
     fps = spec.picture.fps
     with av.open(str(path), "w", format="mp4") as container:
         container.metadata["comment"] = key
-        options = {"preset": "ultrafast", "crf": "23", "threads": "1"}
+        options = {"preset": "ultrafast", "crf": "25", "threads": "1"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         assert isinstance(stream, av.video.stream.VideoStream)
         stream.width, stream.height, stream.pix_fmt = spec.picture.width, spec.picture.height, "yuv420p"
