@@ -7,7 +7,6 @@ missing; the bytes do not depend on the number of workers.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +14,7 @@ from jobs.progress import ProgressReport
 from pipeline.config import PrepareConfig
 from pipeline.egoclip import ClipRecord, ReadReport, read_egoclip
 from pipeline.egomcq import read_egomcq
-from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError
+from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError, VideoError
 from pipeline.manifest import (
     REJECTED_FILE,
     Manifest,
@@ -29,6 +28,7 @@ from pipeline.prepare import ShardPlan, build_shard, find_video, plan_shards, sh
 from pipeline.questions import QUESTIONS_FILE, build_question_set, questions_to_bytes
 from pipeline.shards import ShardReceipt, read_receipt, sha256_of_file, shard_paths, write_atomically
 from pipeline.text import build_vocabulary
+from pipeline.video import VideoTimeline
 
 VOCABULARY_FILE = "vocab.txt"
 TRAIN, EGOMCQ = "train", "egomcq"
@@ -169,13 +169,19 @@ def _build_shards(
     progress: ProgressReport,
 ) -> list[ShardReceipt]:
     """All receipts of a set in shard order; what is finished and undamaged is only checked."""
+
+    # Plain functions, not partials: Ray makes tasks of nothing else.
+    def find(video_uid: str) -> tuple[str, VideoTimeline | VideoError]:
+        return find_video(video_uid, videos_dir, config.layout)
+
+    def build(plan: ShardPlan) -> ShardReceipt:
+        return build_shard(plan, out_dir)
+
     out_dir.mkdir(parents=True, exist_ok=True)
     video_uids = sorted({clip.video_uid for clip in clips})
-    timelines: dict[str, Any] = {}
+    timelines: dict[str, VideoTimeline | VideoError] = {}
     with progress.task(f"{name}: finding videos", len(video_uids)) as task:
-        for video_uid, found in mapper(
-            partial(find_video, videos_dir=videos_dir, layout=config.layout), video_uids
-        ):
+        for video_uid, found in mapper(find, video_uids):
             timelines[video_uid] = found
             task.advance()
     plans = plan_shards(clips, timelines, config)
@@ -183,7 +189,7 @@ def _build_shards(
         unpublish(out_dir)
     receipts: dict[str, ShardReceipt] = {}
     with progress.task(f"{name}: shards", len(plans)) as task:
-        for receipt in mapper(partial(build_shard, out_dir=out_dir), plans):
+        for receipt in mapper(build, plans):
             receipts[receipt.name] = receipt
             task.advance(note=f"{sum(r.num_clips for r in receipts.values())} clips")
     return [receipts[plan.name] for plan in plans]

@@ -2,6 +2,7 @@ import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import cloudpickle
 import pytest
 from rich.console import Console
 from video_files import write_video
@@ -141,7 +142,7 @@ def test_a_rerun_after_loss_and_damage_rebuilds_only_that_and_gives_the_same_byt
 def test_work_items_survive_the_way_to_another_process(world, tmp_path):
     def pickled(fn, items):
         for item in items:
-            copied_fn, copied_item = pickle.loads(pickle.dumps((fn, item)))
+            copied_fn, copied_item = pickle.loads(cloudpickle.dumps((fn, item)))
             yield pickle.loads(pickle.dumps(copied_fn(copied_item)))
 
     tsv = tmp_path / "egoclip.csv"
