@@ -94,6 +94,8 @@ def run_prepare(
     Raises DataError for annotations that cannot be used at all, and TooManyRejectedError when more than
     `config.max_rejected_share` of a set is lost; by then all shards and the list of losses are on disk.
     """
+    # Tasks may run in another working directory.
+    videos_dir, out_dir = Path(videos_dir).absolute(), Path(out_dir).absolute()
     records, read_report = read_egoclip(Path(egoclip_tsv))
     if not records:
         raise DataError(f"read {egoclip_tsv}: no row can be used: {'; '.join(read_report.lines())}")
@@ -103,9 +105,9 @@ def run_prepare(
     num_tags = _num_tags([*records, *choices], found_taxonomy)
 
     def build(name: str, clips: Sequence[ClipRecord], num_lost_rows: int = 0) -> _ShardSet:
-        receipts = _build_shards(name, clips, str(videos_dir), Path(out_dir) / name, config, mapper, progress)
-        write_rejected(Path(out_dir) / name, receipts)
-        return _ShardSet(name, Path(out_dir) / name, receipts, num_lost_rows)
+        receipts = _build_shards(name, clips, str(videos_dir), out_dir / name, config, mapper, progress)
+        write_rejected(out_dir / name, receipts)
+        return _ShardSet(name, out_dir / name, receipts, num_lost_rows)
 
     def publish(built: _ShardSet, files: dict[str, bytes], source: dict[str, Any]) -> Manifest:
         return _publish(built, files, shard_settings(config), found_taxonomy, num_tags, source)
