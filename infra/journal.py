@@ -7,11 +7,14 @@ metrics of later steps before it: after a crash those steps are computed and wri
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+_NAME = re.compile(r"[A-Za-z0-9_\-./: ]{1,250}")
 
 Scalar = str | int | float | bool | None
 
@@ -66,6 +69,9 @@ class Journal:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Add values of one step. Names are like `train/loss`; NaN and infinities are kept."""
+        for name in values:
+            if not _NAME.fullmatch(name):  # a tracking server would refuse it, again and again
+                raise ValueError(f"metric name {name!r} may hold letters, digits and _-./: only")
         self._write({"kind": "metrics", "step": step, "values": {k: _number(v) for k, v in values.items()}})
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -103,7 +109,7 @@ class Record:
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
-    """Complete lines from byte `offset` on, and the offset after them. An unfinished last line stays for later."""
+    """Whole lines from byte `offset` on, and the offset after them; an unfinished last line stays."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -134,7 +140,7 @@ def metric_history(path: Path, name: str) -> list[tuple[int, float]]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": [1, {"c": 2}]}} -> {"a.b.0": "1", "a.b.1.c": "2"}; a list of plain values stays one text."""
+    """{"a": {"b": [1, {"c": 2}]}} -> {"a.b.0": "1", "a.b.1.c": "2"}; a list of plain values stays a text."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -37,7 +37,7 @@ def sqlite_uri(path: Path) -> str:
 
 
 class MlflowRuns:
-    """The runs of one experiment. A run is found again by its key, so creating it twice gives the same run."""
+    """The runs of one experiment. A run is found again by its key: creating it twice gives the same run."""
 
     def __init__(self, uri: str, experiment: str, artifact_dir: Path) -> None:
         """Connect, creating database and experiment if they are missing (about 4 s for a new SQLite file)."""
@@ -107,10 +107,10 @@ class MlflowRuns:
 class MlflowForwarder:
     """A thread that copies a growing journal into one MLflow run, each point once.
 
-    It asks the run for the last step of every metric and sends only later ones, in order; after any failure it
-    asks again. It may live in any process that sees the journal, preferably not in one that trains. `open_run`
-    connects and returns (client, run id); it is called in the thread and again after failures, so MLflow may be
-    down at the start.
+    It asks the run for the last step of every metric and sends only later ones, in order; after any failure
+    it asks again. It may live in any process that sees the journal, preferably not in one that trains.
+    `open_run` connects and returns (client, run id); it is called in the thread, and again after failures, so
+    MLflow may be down at the start.
     """
 
     def __init__(
@@ -136,14 +136,14 @@ class MlflowForwarder:
         self._thread.start()
 
     def close(self, timeout_s: float = 30.0) -> int:
-        """Send what is left, for at most `timeout_s`. Returns the number of journal lines still unsent (also logged)."""
+        """Send what is left, for at most `timeout_s`. Returns how many journal lines stay unsent."""
         self._deadline = time.monotonic() + timeout_s
         self._stop.set()
         self._thread.join(timeout_s + 1.0)
         unsent = len(self._waiting) + len(read_journal(self._journal, self._offset)[0])
         if unsent:
             logger.warning(
-                "%d journal lines have not reached MLflow (%s); they stay in %s and go there with the next run",
+                "%d journal lines have not reached MLflow (%s); they stay in %s for the next run",
                 unsent,
                 self._failure or "it is slow",
                 self._journal,
