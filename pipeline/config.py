@@ -59,19 +59,21 @@ class PrepareConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_frames: int = Field(
-        16, ge=1, le=99, description="JPEG frames stored per clip; at least the longest stage"
+        default=16, ge=1, le=99, description="JPEG frames stored per clip; at least the longest stage"
     )
-    short_side: int = Field(256, ge=16, description="short side of a stored frame in pixels; never enlarged")
-    jpeg_quality: int = Field(90, ge=1, le=100)
-    clips_per_shard: int = Field(256, ge=1)
+    short_side: int = Field(
+        default=256, ge=16, description="short side of a stored frame in pixels; never enlarged"
+    )
+    jpeg_quality: int = Field(default=90, ge=1, le=100)
+    clips_per_shard: int = Field(default=256, ge=1)
     layout: Literal["raw", "egovlp_600s", "lavila_300s", "avion_15s"] = Field(
-        "raw", description="how video files lie in their folder; never guessed"
+        default="raw", description="how video files lie in their folder; never guessed"
     )
     max_rejected_share: float = Field(
-        0.01, ge=0.0, le=1.0, description="above it prepare stops with the list"
+        default=0.01, ge=0.0, le=1.0, description="above it prepare stops with the list"
     )
     decoder: Literal["pyav", "dali_gpu"] = Field(
-        "pyav", description="pyav runs on the CPU, dali_gpu on NVDEC"
+        default="pyav", description="pyav runs on the CPU, dali_gpu on NVDEC"
     )
 
 
@@ -80,13 +82,19 @@ class LoaderConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_size: int = Field(224, ge=16, description="height and width of a training frame in pixels")
-    crop_scale: tuple[float, float] = Field((0.5, 1.0), description="share of the frame area a crop covers")
-    text_length: int = Field(32, ge=4, description="tokens per caption, [CLS] and padding included")
-    prefetch_batches: int = Field(2, ge=1, description="batches decoded ahead of the training step")
-    num_threads: int = Field(1, ge=1, description="decoding threads per rank")
-    shuffle_window_shards: int = Field(8, ge=1, description="shards read together; clips are shuffled inside")
-    device: Literal["cpu", "gpu"] = Field("cpu", description="where JPEG frames are decoded and resized")
+    image_size: int = Field(default=224, ge=16, description="height and width of a training frame in pixels")
+    crop_scale: tuple[float, float] = Field(
+        default=(0.5, 1.0), description="share of the frame area a crop covers"
+    )
+    text_length: int = Field(default=32, ge=4, description="tokens per caption, [CLS] and padding included")
+    prefetch_batches: int = Field(default=2, ge=1, description="batches decoded ahead of the training step")
+    num_threads: int = Field(default=1, ge=1, description="decoding threads per rank")
+    shuffle_window_shards: int = Field(
+        default=8, ge=1, description="shards read together; clips are shuffled inside"
+    )
+    device: Literal["cpu", "gpu"] = Field(
+        default="cpu", description="where JPEG frames are decoded and resized"
+    )
 
     @model_validator(mode="after")
     def _check_crop_scale(self) -> "LoaderConfig":

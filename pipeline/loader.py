@@ -40,13 +40,13 @@ class Batch:
     `index_B` holds row numbers of the store; V and U are the verb and noun classes of its taxonomy.
     """
 
-    video_BTCHW: UInt8[Tensor, "B T C H W"]  # noqa: N815
-    text_ids_BL: Int64[Tensor, "B L"]  # noqa: N815
-    text_mask_BL: Bool[Tensor, "B L"]  # noqa: N815
-    verbs_BV: Bool[Tensor, "B V"]  # noqa: N815
-    nouns_BU: Bool[Tensor, "B U"]  # noqa: N815
+    video_BTCHW: UInt8[Tensor, "B T C H W"]
+    text_ids_BL: Int64[Tensor, "B L"]
+    text_mask_BL: Bool[Tensor, "B L"]
+    verbs_BV: Bool[Tensor, "B V"]
+    nouns_BU: Bool[Tensor, "B U"]
     clip_ids: tuple[str, ...]
-    index_B: Int64[Tensor, " B"]  # noqa: N815
+    index_B: Int64[Tensor, " B"]
 
 
 @dataclass(frozen=True, slots=True)

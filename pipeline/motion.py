@@ -21,7 +21,7 @@ REACHED, RELEASED = 0.32, 0.68
 LIFT_FROM = 0.4
 TURN_ANGLE = math.radians(60)
 # Sides of the table in sides of the picture: the eye sees about half of the table at a time.
-TABLE_SPREAD = 1.45
+TABLE_SPREAD = 2.0
 # The eye rests a little below the object, where the hand is, in shares of the height of the picture.
 GAZE_BELOW = 0.06
 

@@ -1,0 +1,187 @@
+"""The command line: `svitt VERB ...`, also `python -m jobs VERB ...`.
+
+Verbs import what they need when they run, so that `svitt --help` answers at once; nothing else in this project
+imports late.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from infra.runtime import prepare_process
+from jobs.progress import ProgressReport
+from jobs.recipe import Recipe, load_recipe, resolve_paths
+from jobs.run_dir import RunDir
+
+RecipeArg = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RECIPE", help="A YAML file, or the name of a shipped one."),
+]
+RunArg = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR", help="A run directory.")]
+Workspace = Annotated[Path, tyro.conf.arg(help="Folder that relative paths of the recipe start from.")]
+Overrides = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        name="set", metavar="KEY=VALUE", help="Overrides one value of the recipe; may be repeated."
+    ),
+]
+Address = Annotated[
+    str | None,
+    tyro.conf.arg(help="A running Ray cluster: auto or http://HOST:8265. Without it a local Ray is used."),
+]
+
+
+def demo(
+    recipe: Annotated[str, tyro.conf.arg(help="A recipe file or shipped name.")] = "demo",
+    workspace: Workspace = Path("demo"),
+    set_: Overrides = (),
+) -> int:
+    """Generate egocentric video, prepare it, train two stages, score them, show where to look."""
+    from jobs.demo import run_demo
+
+    resolved = _resolve(recipe, workspace, set_)
+    return run_demo(resolved, _run_dir(resolved, None), _report())
+
+
+def synth(recipe: RecipeArg, workspace: Workspace = Path(), set_: Overrides = ()) -> int:
+    """Write the generated egocentric world: videos, narrations, taxonomy."""
+    from jobs.data import synth as run
+
+    run(_resolve(recipe, workspace, set_), _report())
+    return 0
+
+
+def clips(recipe: RecipeArg, workspace: Workspace = Path(), set_: Overrides = ()) -> int:
+    """Turn narrations into an EgoClip TSV and an EgoMCQ JSON."""
+    from jobs.data import clips as run
+
+    run(_resolve(recipe, workspace, set_), _report())
+    return 0
+
+
+def prepare(
+    recipe: RecipeArg, workspace: Workspace = Path(), set_: Overrides = (), address: Address = None
+) -> int:
+    """Turn an EgoClip TSV and a folder of videos into verified shards, on a Ray cluster."""
+    from jobs.data import prepare_on
+
+    return prepare_on(_resolve(recipe, workspace, set_), address, _report())
+
+
+def submit(
+    recipe: RecipeArg,
+    workspace: Workspace = Path(),
+    run_dir: Annotated[Path | None, tyro.conf.arg(help="Default: <workspace>/runs/<recipe name>.")] = None,
+    set_: Overrides = (),
+    address: Address = None,
+) -> int:
+    """Train the stages of a recipe as chained Ray jobs. Submitting twice continues, it does not train twice."""
+    from jobs.submit import open_run
+    from jobs.submit import submit as run
+
+    resolved = _resolve(recipe, workspace, set_)
+    return run(open_run(resolved, _run_dir(resolved, run_dir)), address, _report())
+
+
+def resume(run_dir: RunArg, address: Address = None) -> int:
+    """Continue a run from its last committed checkpoint, with the recipe it was started with."""
+    from jobs.submit import submit as run
+
+    return run(_open(run_dir), address, _report())
+
+
+def status(run_dir: RunArg) -> int:
+    """Show stages, steps, scores and checkpoints of a run."""
+    from jobs.status import show_status
+
+    show_status(_open(run_dir), _report())
+    return 0
+
+
+def stop(run_dir: RunArg) -> int:
+    """Ask a run to save and leave."""
+    from jobs.status import request_stop
+
+    request_stop(_open(run_dir), _report())
+    return 0
+
+
+def logs(run_dir: RunArg, lines: Annotated[int, tyro.conf.arg(help="How many of each log.")] = 40) -> int:
+    """Show the last lines of every log of a run."""
+    from jobs.status import show_logs
+
+    show_logs(_open(run_dir), lines, _report())
+    return 0
+
+
+def pretrain(run_dir: RunArg, stage: int, attempt: int = 1, address: Address = None) -> int:
+    """Train one stage in the foreground: what a stage job runs."""
+    from jobs.stage import run_stage
+
+    return run_stage(run_dir, stage, attempt, address)
+
+
+def control(run_dir: RunArg, address: Address = None) -> int:
+    """Walk the stages of a run: what the controller job runs."""
+    from jobs.controller import run_controller
+
+    return run_controller(run_dir, address or "auto")
+
+
+def evaluate(
+    run_dir: RunArg,
+    stage: Annotated[int | None, tyro.conf.arg(help="Default: the newest stage with a checkpoint.")] = None,
+) -> int:
+    """Score a stage's newest checkpoint again: EgoMCQ inter and intra, the temporal probe."""
+    from jobs.rescore import rescore
+
+    return rescore(_open(run_dir), stage, _report())
+
+
+VERBS = {
+    verb.__name__: verb
+    for verb in (demo, synth, clips, prepare, submit, resume, status, stop, logs, pretrain, control, evaluate)
+}
+
+
+def main() -> int:
+    """Runs one verb. What a user can mend ends in a message and exit code 2, not in a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger().setLevel(logging.WARNING)
+    prepare_process()
+    try:
+        return tyro.extras.subcommand_cli_from_dict(VERBS, prog="svitt", description="Pretrains SViTT-Ego.")
+    except Exception as error:
+        if not type(error).__module__.startswith(("pipeline.", "model.", "infra.", "jobs.")):
+            raise
+        print(f"svitt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("svitt: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _report() -> ProgressReport:
+    return ProgressReport(Console())
+
+
+def _resolve(recipe: str, workspace: Path, overrides: tuple[str, ...]) -> Recipe:
+    return resolve_paths(load_recipe(recipe, overrides), workspace)
+
+
+def _run_dir(recipe: Recipe, run_dir: Path | None) -> Path:
+    return run_dir if run_dir is not None else Path(recipe.workspace) / "runs" / recipe.name
+
+
+def _open(run_dir: Path) -> RunDir:
+    return RunDir(run_dir.resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""One stage on one rank: the first page to read. What `train_worker` does is what a stage is.
+
+Runs inside a worker process that Ray Train placed and joined with the others by torch.distributed.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from infra.config_io import config_hash
+from infra.engine import Engine, build_engine
+from infra.journal import Journal, NullTracker, Tracker
+from infra.ledger import Ledger
+from infra.runtime import peak_device_bytes, peak_rss_bytes
+from jobs.evaluate import Encoder, Evaluation, score_egomcq
+from jobs.ranks import ProcessGroupRanks, Ranks
+from jobs.recipe import Recipe, StageConfig, num_stage_steps
+from jobs.run_dir import RunDir
+from jobs.train_loop import Hooks, Interval, Pace, fit
+from jobs.train_step import TrainStep
+from model.config import ModelConfig
+from model.optim import lr_factor, parameter_groups
+from model.step_key import derive_seed
+from model.video_text_model import VideoTextModel
+from model.weights import load_for_num_frames
+from pipeline.loader import BatchLoader
+from pipeline.questions import read_questions
+from pipeline.store import ClipStore
+from pipeline.text import CaptionTokenizer
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+class StageError(RuntimeError):
+    """A stage that cannot start; the message says what it needs."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What every part of a stage's work on one rank looks at."""
+
+    run: RunDir
+    recipe: Recipe
+    number: int
+    device: torch.device
+    ranks: Ranks
+    tokenizer: CaptionTokenizer
+    ledger: Ledger
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.recipe.stages[self.number - 1]
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.ranks.rank == 0
+
+    def model_config(self) -> ModelConfig:
+        """The stage's model for the vocabulary of the data."""
+        tokenizer = self.tokenizer
+        ids = {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
+        return self.recipe.stage_model(self.stage).replaced(text={"vocab_size": tokenizer.vocab_size, **ids})
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Trains one stage to its end or until stopped, then scores it. Safe to run again at any point.
+
+    `config`: run_dir, stage (from 1), attempt, use_gpu; rank, local_rank, world_size are filled in by Ray Train.
+    """
+    context = build_context(config)
+    checkpoints = CheckpointStore(
+        context.run.checkpoints(context.number), context.recipe.checkpoint.keep_last, context.ranks.rank
+    )
+    context.ranks.barrier()
+    engine, first_step = build_or_restore(context, checkpoints)
+    tracker = (
+        Journal(context.run.journal(context.number), first_step) if context.is_first_rank else NullTracker()
+    )
+    try:
+        if train(context, engine, first_step, checkpoints, tracker):
+            del engine
+            evaluate_stage(context, checkpoints, tracker)
+    finally:
+        tracker.close()
+
+
+def build_context(config: dict[str, Any]) -> StageContext:
+    """Prepares the process (device, log file, seed) and opens what all steps share: the only side effects."""
+    run = RunDir(Path(config["run_dir"]))
+    recipe = run.recipe()
+    device = torch.device("cuda", config["local_rank"]) if config["use_gpu"] else torch.device("cpu")
+    if config["use_gpu"]:
+        torch.cuda.set_device(device)
+    log_to_file(run.log_file(config["stage"], config["attempt"], config["rank"]))
+    torch.manual_seed(derive_seed(recipe.seed, "initial weights"))
+    return StageContext(
+        run=run,
+        recipe=recipe,
+        number=config["stage"],
+        device=device,
+        ranks=ProcessGroupRanks(device),
+        tokenizer=open_tokenizer(recipe),
+        ledger=Ledger(run.ledger_file),
+    )
+
+
+def open_tokenizer(recipe: Recipe) -> CaptionTokenizer:
+    """The tokenizer of the data: a local vocabulary file if the recipe names one, else the data's own."""
+    path = recipe.data.vocabulary or Path(recipe.data.shards) / "train" / "vocab.txt"
+    return CaptionTokenizer(path, recipe.loader.text_length)
+
+
+def log_to_file(path: Path) -> None:
+    """Sends this process's log lines to a file of the run directory as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def train(
+    context: StageContext, engine: Engine, first_step: int, checkpoints: CheckpointStore, tracker: Tracker
+) -> bool:
+    """Trains from `first_step` on. Returns whether the stage reached its last step; False when stopped."""
+    store = ClipStore(Path(context.recipe.data.shards) / "train")
+    pace = pace_of(context, len(store))
+    if first_step == pace.num_steps:
+        return True
+
+    def save(step: int) -> None:
+        began_s = time.monotonic()
+        save_checkpoint(context, checkpoints, engine, step, pace.num_steps, store.manifest.fingerprint)
+        tracker.metrics(step, {"perf/save_s": time.monotonic() - began_s})
+
+    step_seed = derive_seed(context.recipe.seed, "step", context.number)
+    train_step = TrainStep(engine, step_seed, context.ranks.rank, pace.learning_rate_at)
+    hooks = Hooks(train_step, reporter(context, tracker), save, context.run.stop_file.exists, time.monotonic)
+    batches = build_loader(context, store).batches_from(first_step)
+    return fit(batches, first_step, pace, hooks, context.ranks) == pace.num_steps
+
+
+def pace_of(context: StageContext, num_clips: int) -> Pace:
+    """Steps and learning rate of the stage over so many training clips."""
+    recipe, stage = context.recipe, context.stage
+    num_steps = num_stage_steps(stage, num_clips)
+
+    def learning_rate_at(step: int) -> float:
+        return stage.learning_rate * lr_factor(step, num_steps, stage.warmup_steps, stage.floor)
+
+    return Pace(
+        num_steps=num_steps,
+        log_every_steps=recipe.log_every_steps,
+        save_every_steps=recipe.checkpoint.every_steps,
+        global_batch_size=stage.global_batch_size,
+        learning_rate_at=learning_rate_at,
+    )
+
+
+def build_loader(context: StageContext, store: ClipStore) -> BatchLoader:
+    """This rank's training batches; their order depends on the seed and the stage alone."""
+    return BatchLoader(
+        store,
+        context.tokenizer,
+        context.recipe.loader,
+        context.stage.num_frames,
+        seed=derive_seed(context.recipe.seed, "order", context.number),
+        global_batch_size=context.stage.global_batch_size,
+        rank=context.ranks.rank,
+        world_size=context.ranks.world_size,
+        with_companions=context.stage.scene_companions,
+    )
+
+
+def build_or_restore(context: StageContext, checkpoints: CheckpointStore) -> tuple[Engine, int]:
+    """The engine, ready to train, and the number of steps it has behind it."""
+    recipe, stage = context.recipe, context.stage
+    model = VideoTextModel(context.model_config())
+    start = checkpoints.newest_good()
+    if start is None:
+        inherit_weights(context, model)
+    engine = build_engine(
+        model,
+        parameter_groups(model, recipe.engine.weight_decay),
+        recipe.engine,
+        stage.global_batch_size // context.ranks.world_size,
+        context.device,
+    )
+    engine.module.train()
+    if start is None:
+        return engine, 0
+    engine.load(start.path)
+    logger.info(
+        "stage %d (%s) continues from step %d of %s", context.number, stage.name, start.step, start.path
+    )
+    return engine, start.step
+
+
+def inherit_weights(context: StageContext, model: VideoTextModel) -> None:
+    """Starts a later stage from the committed weights of the one before; its position tables are inflated.
+
+    Raises StageError when that stage is not finished.
+    """
+    if context.number == 1:
+        return
+    before = context.ledger.read().stage(context.number - 1)
+    if before.status not in ("trained", "done"):
+        raise StageError(
+            f"stage {context.number} starts from the weights of stage {context.number - 1}, which is "
+            f"{before.status}: finish that one first (svitt resume {context.run.path})"
+        )
+    checkpoint = open_checkpoint(Path(before.facts["checkpoint"]))
+    report = load_for_num_frames(model, checkpoint.load_weights(), context.recipe.inflation)
+    logger.info("stage %d starts from %s: %s", context.number, checkpoint.path, report.summary())
+
+
+def save_checkpoint(
+    context: StageContext,
+    checkpoints: CheckpointStore,
+    engine: Engine,
+    step: int,
+    num_steps: int,
+    fingerprint: str,
+) -> None:
+    """Commits the state after `step` steps, then says so in the ledger. Collective."""
+    facts = {
+        "stage": context.number,
+        "stage_name": context.stage.name,
+        "num_steps": num_steps,
+        "world_size": context.ranks.world_size,
+        "data_fingerprint": fingerprint,
+        "recipe_hash": config_hash(context.recipe),
+    }
+    weights = engine.consolidated_state_dict()
+    card = {**facts, "step": step, "model": context.model_config().model_dump(mode="json")}
+    path = checkpoints.save(step, engine.save, context.ranks.barrier, facts, weights, card)
+    if context.is_first_rank:
+        status = "trained" if step == num_steps else "running"
+        context.ledger.record_stage(
+            context.number, status, checkpoint=str(path), step=step, num_steps=num_steps
+        )
+
+
+def reporter(context: StageContext, tracker: Tracker) -> Callable[[Interval], None]:
+    """Writes the numbers of an interval to the tracker, which is the journal on rank 0."""
+
+    def report(interval: Interval) -> None:
+        peaks = context.ranks.max([float(peak_rss_bytes()), float(peak_device_bytes() or 0)])
+        values = {f"train/{name}": value for name, value in asdict(interval.metrics).items()}
+        values |= {
+            "train/learning_rate": interval.learning_rate,
+            "perf/clips_per_s": interval.clips_per_s,
+            "perf/step_ms": interval.step_ms,
+            "perf/data_wait_ms": interval.data_wait_ms,
+            "mem/peak_rss_gib": peaks[0] / GIB,
+        }
+        if peaks[1]:
+            values["mem/peak_device_gib"] = peaks[1] / GIB
+        tracker.metrics(interval.step, values)
+        tracker.flush()
+
+    return report
+
+
+def evaluate_stage(context: StageContext, checkpoints: CheckpointStore, tracker: Tracker) -> None:
+    """Scores the committed weights of a finished stage and marks it done. Collective."""
+    newest = checkpoints.newest_good()
+    assert newest is not None, "a trained stage has a checkpoint"
+    if context.recipe.data.egomcq is None:
+        if context.is_first_rank:
+            context.ledger.record_stage(context.number, "done")
+        return
+    evaluation = evaluate_weights(context, newest)
+    tracker.metrics(newest.step, evaluation.metrics())
+    tracker.flush()
+    if context.is_first_rank:
+        context.ledger.record_stage(context.number, "done", scores=evaluation.metrics())
+
+
+def evaluate_weights(context: StageContext, checkpoint: Checkpoint) -> Evaluation:
+    """EgoMCQ and the temporal probe of a checkpoint's weights. Collective."""
+    model = VideoTextModel(context.model_config()).to(context.device)
+    load_for_num_frames(model, checkpoint.load_weights())
+    recipe = context.recipe
+    shards = Path(recipe.data.shards) / "egomcq"
+    encoder = Encoder(model, context.tokenizer, recipe.loader, recipe.evaluation.batch_size, context.device)
+    with ClipStore(shards) as store:
+        return score_egomcq(
+            encoder, store, read_questions(shards), context.ranks, recipe.evaluation.max_unreadable_share
+        )

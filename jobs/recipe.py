@@ -1,0 +1,162 @@
+"""The recipe: one frozen tree that says everything about a run, and the numbers that follow from it.
+
+A recipe file lists deviations from the defaults only. Paths may be relative to the workspace. Torch-free.
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from infra.config import CheckpointConfig, ClusterConfig, EngineConfig, Settings, TrackingConfig
+from infra.config_io import ConfigError, load_config
+from model.config import ModelConfig
+from pipeline.config import ClipRuleConfig, LoaderConfig, PrepareConfig, WorldConfig
+
+
+class DataConfig(Settings):
+    """Where the data is. What `synth` and `clips` write is what `prepare` reads, so the defaults fit together."""
+
+    videos: str = Field(default="world/videos", description="Folder of video files in `prepare.layout`.")
+    egoclip: str = Field(default="annotations/egoclip.csv", description="EgoClip TSV with 11 columns.")
+    egomcq: str | None = Field(
+        default="annotations/egomcq.json", description="EgoMCQ JSON; null = no scores."
+    )
+    taxonomy: str | None = Field(
+        default=None, description="Verb and noun classes as JSON; adds names and the temporal probe."
+    )
+    vocabulary: str | None = Field(
+        default=None, description="A BERT vocab.txt; null = the one prepare makes from the captions."
+    )
+    shards: str = Field(default="shards", description="Where shards go: <shards>/train and <shards>/egomcq.")
+
+
+class StageConfig(Settings):
+    """One stage of the curriculum: how long clips are, how sparse the model is, how it is trained."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    num_frames: int = Field(ge=1)
+    keep_rate: float = Field(gt=0, le=1, description="q_v: share of patches kept at each pruning layer.")
+    num_local_blocks: int | None = Field(default=None, description="K_l; null = the model's.")
+    num_random_blocks: int | None = Field(default=None, description="K_r; null = the model's.")
+    block_size: int | None = Field(default=None, description="G; null = the model's.")
+    num_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps; either this or num_epochs."
+    )
+    num_epochs: float | None = Field(default=None, gt=0)
+    global_batch_size: int = Field(ge=2, description="Anchor clips per optimizer step over all ranks.")
+    scene_companions: bool = Field(
+        default=False, description="Adds one clip of the same video and minute per anchor (EgoNCE)."
+    )
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    floor: float = Field(default=0.01, ge=0, le=1, description="Lowest share of the learning rate.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("set exactly one of num_steps and num_epochs")
+        return self
+
+
+class EvaluationConfig(Settings):
+    """How checkpoints are scored."""
+
+    batch_size: int = Field(default=32, ge=1, description="Clips per forward pass on one rank.")
+    max_unreadable_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of questions without readable clips above which it fails.",
+    )
+
+
+class Recipe(Settings):
+    """The whole tree."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    seed: int = Field(default=0, ge=0)
+    workspace: str = Field(default=".", description="Folder that relative paths start from.")
+    world: WorldConfig = Field(default_factory=WorldConfig)
+    clips: ClipRuleConfig = Field(default_factory=ClipRuleConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
+    loader: LoaderConfig = Field(default_factory=LoaderConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    stages: tuple[StageConfig, ...] = ()
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    inflation: Literal["nearest", "interpolate"] = Field(
+        default="interpolate", description="How position tables grow with the frames; nearest is SViTT's."
+    )
+    log_every_steps: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stage names are {names}; each must differ")
+        if self.loader.image_size != self.model.video.image_size:
+            raise ValueError(
+                f"loader.image_size is {self.loader.image_size} and model.video.image_size "
+                f"{self.model.video.image_size}; they must be equal"
+            )
+        for stage in self.stages:
+            self._check_stage(stage)
+        return self
+
+    def _check_stage(self, stage: StageConfig) -> None:
+        if stage.num_frames > self.prepare.num_frames:
+            raise ValueError(
+                f"stage {stage.name} wants {stage.num_frames} frames, prepare.num_frames stores "
+                f"{self.prepare.num_frames}: raise it and run prepare again"
+            )
+        if stage.global_batch_size % self.cluster.num_workers:
+            raise ValueError(
+                f"stage {stage.name}: global_batch_size {stage.global_batch_size} does not divide by "
+                f"cluster.num_workers {self.cluster.num_workers}"
+            )
+        self.stage_model(stage)
+
+    def stage_model(self, stage: StageConfig) -> ModelConfig:
+        """The model of one stage: the recipe's, with the stage's frames and sparsity."""
+        fields = ("num_frames", "keep_rate", "num_local_blocks", "num_random_blocks", "block_size")
+        changes = {name: getattr(stage, name) for name in fields if getattr(stage, name) is not None}
+        return self.model.replaced(video=changes)
+
+
+SHIPPED = resources.files("jobs") / "recipes"
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe file, or a shipped recipe by name. Raises ConfigError naming every fault."""
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        return load_config(Recipe, path, overrides)
+    shipped = Path(str(SHIPPED / f"{name_or_path}.yaml"))
+    if not shipped.is_file():
+        names = sorted(entry.name.removesuffix(".yaml") for entry in SHIPPED.iterdir())
+        raise ConfigError(
+            name_or_path, [f"neither a .yaml file nor a shipped recipe; shipped are: {', '.join(names)}"]
+        )
+    return load_config(Recipe, shipped, overrides)
+
+
+def resolve_paths(recipe: Recipe, workspace: Path) -> Recipe:
+    """The recipe with absolute paths, starting from `workspace`."""
+    root = workspace.resolve()
+    data = recipe.data.model_dump()
+    paths = {name: str(root / value) if value is not None else None for name, value in data.items()}
+    return recipe.model_copy(update={"workspace": str(root), "data": DataConfig.model_validate(paths)})
+
+
+def num_stage_steps(stage: StageConfig, num_clips: int) -> int:
+    """Optimizer steps of a stage over `num_clips` training clips."""
+    if stage.num_steps is not None:
+        return stage.num_steps
+    assert stage.num_epochs is not None, "validated: one of the two is set"
+    return max(1, round(stage.num_epochs * (num_clips // stage.global_batch_size)))

@@ -1,0 +1,36 @@
+"""The `pretrain` verb: one stage, placed on the cluster by Ray Train. This is what a stage job runs."""
+
+import logging
+from pathlib import Path
+
+from infra.ray_cluster import open_cluster
+from infra.ray_train import run_workers
+from jobs.pretrain import train_worker
+from jobs.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+def run_stage(run_dir: Path, number: int, attempt: int, address: str | None) -> int:
+    """Runs stage `number` (from 1) until it is scored or stopped; 0 when it is done, 3 when it was stopped.
+
+    Raises TrainingError when the workers failed more often than `cluster.max_failures`.
+    """
+    run = RunDir(run_dir.resolve())
+    run.stage(number)
+    recipe = run.recipe()
+    cluster = recipe.cluster
+    with open_cluster(address, cluster.num_cpus):
+        run_workers(
+            train_worker,
+            {"run_dir": str(run.path), "stage": number, "attempt": attempt, "use_gpu": cluster.use_gpu},
+            num_workers=cluster.num_workers,
+            # The attempt is part of the name, so that Ray Train never takes up bookkeeping of an earlier one:
+            # what a stage continues from is our own checkpoint.
+            name=f"{run.run_id}-s{number}-a{attempt}",
+            storage_path=run.stage_dir(number) / "ray",
+            max_failures=cluster.max_failures,
+            use_gpu=cluster.use_gpu,
+            cpus_per_worker=cluster.cpus_per_worker,
+        )
+    return 3 if run.stop_file.exists() else 0
