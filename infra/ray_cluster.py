@@ -5,6 +5,7 @@ with it, even by SIGKILL. Its dashboard listens on loopback; other Ray clusters 
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray._private import parameter, ray_constants
+from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 
 from infra.ray_jobs import ClusterError, Jobs
@@ -29,6 +32,7 @@ ResultT = TypeVar("ResultT")
 # a minute: they try to report the death to a head that is gone.
 _LOCAL_ENVIRONMENT = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: listen on loopback only
     "RAY_enable_metrics_collection": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_ADDRESS": None,
@@ -50,7 +54,7 @@ class Cluster:
     def __init__(self, url: str | None, is_owned: bool, is_connected: bool) -> None:
         self.url = url
         self.is_owned = is_owned
-        self._is_connected = is_connected
+        self.is_connected = is_connected
         self._jobs: Jobs | None = None
 
     @property
@@ -76,7 +80,7 @@ class Cluster:
         whose process dies is repeated `max_retries` times; an exception of `fn` is not repeated. The first
         failure cancels the rest and raises TaskError naming the item (`describe(item)`).
         """
-        if not self._is_connected:
+        if not self.is_connected:
             raise ClusterError(
                 f"tasks start only from inside the cluster at {self.url}: submit this command as a job"
             )
@@ -141,11 +145,16 @@ def _joined_cluster(address: str) -> Iterator[Cluster]:
 def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
     if ray.is_initialized():
         raise ClusterError("this process is connected to Ray already; open one cluster at a time")
+    if get_authentication_mode() != AuthenticationMode.TOKEN:
+        raise ClusterError(
+            "Ray was imported before runtime.prepare_process() was called, so it would run without its token; call "
+            "it first (or unset RAY_AUTH_MODE if you set it)"
+        )
     temp_dir = Path(tempfile.gettempdir()) / f"svitt-ray-{os.getuid()}"
     temp_dir.mkdir(mode=0o700, exist_ok=True)
     _remove_old_sessions(temp_dir)
     try:
-        with environment(_LOCAL_ENVIRONMENT):
+        with environment(_LOCAL_ENVIRONMENT), _private_ports():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -159,12 +168,32 @@ def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
             )
     except Exception as error:  # Ray raises plain Exception, RuntimeError, ValueError, TimeoutError here
         ray.shutdown()
-        raise ClusterError(f"starting a local Ray failed: {error}. Its logs are in {temp_dir}") from error
+        first_line = str(error).strip().splitlines()[0]
+        raise ClusterError(f"starting a local Ray failed: {first_line} Its logs are in {temp_dir}") from error
     try:
         _protect_token()
         yield Cluster(_dashboard_url(), is_owned=True, is_connected=True)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_ports() -> Iterator[None]:
+    """Let `ray.init` start a node that keeps to itself; it has no parameters for either.
+
+    The agent that starts jobs listens on a free port instead of 52365, which a second cluster of the machine
+    would find taken (its jobs then fail with "No available agent"). And Ray's servers stay on loopback, as they
+    do on macOS: _LOCAL_ENVIRONMENT says so to the processes Ray starts, this to the library loaded here. Private
+    names, guarded by a test that runs two clusters side by side.
+    """
+    whole_params, is_reachable = parameter.RayParams, ray_constants.ENABLE_RAY_CLUSTER
+    parameter.RayParams = functools.partial(whole_params, dashboard_agent_listen_port=0)  # type: ignore
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        parameter.RayParams = whole_params  # type: ignore[misc]
+        ray_constants.ENABLE_RAY_CLUSTER = is_reachable
 
 
 def _result(reference: Any, item: ItemT, describe: Callable[[ItemT], str]) -> Any:

@@ -14,6 +14,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from infra.runtime import environment
 
 logger = logging.getLogger(__name__)
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
 STOP_GRACE_S = 30
 _LONGEST_SILENCE_S = 60.0

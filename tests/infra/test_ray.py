@@ -1,0 +1,123 @@
+"""A local cluster: tasks, jobs, training inside a job, and its end when its owner is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray_cases as cases
+
+from infra.ray_cluster import Cluster, TaskError, open_cluster
+from infra.ray_jobs import ClusterError, Jobs
+
+pytestmark = pytest.mark.ray
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = HERE  # the cluster's processes find the test's functions there
+    try:
+        with open_cluster(num_cpus=2) as opened:
+            yield opened
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def test_tasks_come_back_with_their_index_and_survive_a_death(cluster: Cluster, tmp_path: Path) -> None:
+    results = list(cluster.map_tasks(cases.square, list(range(6)), max_in_flight=2))
+    assert sorted(results) == [(i, i * i) for i in range(6)]
+    assert list(cluster.map_tasks(cases.die_once, [str(tmp_path / "marker")])) == [(0, "survived")]
+
+
+def test_an_exception_of_a_task_names_its_item(cluster: Cluster) -> None:
+    with pytest.raises(TaskError, match="clip 3: ValueError: a bad clip") as caught:
+        list(cluster.map_tasks(cases.fail_at_three, [1, 2, 3, 4], describe=lambda item: f"clip {item}"))
+    assert caught.value.item == 3
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_job_is_submitted_once_and_its_end_is_told(cluster: Cluster) -> None:
+    command = [sys.executable, "-c", "import os; print('it is', os.environ['NAME']); raise SystemExit(3)"]
+    first = cluster.jobs.submit_once("run-s0-a1", command, {"NAME": "me"}, {"stage": "0"})
+    again = cluster.jobs.submit_once("run-s0-a1", "false")
+    assert (first.is_new, again.is_new) == (True, False)
+    seen: list[str] = []
+    last = cluster.jobs.wait(
+        "run-s0-a1", poll_s=0.1, on_poll=lambda state: seen.append(state.status), timeout_s=60
+    )
+    assert (last.status, last.exit_code, last.is_succeeded) == ("FAILED", 3, False)
+    assert seen[-1] == "FAILED"
+    assert "it is me" in cluster.jobs.logs("run-s0-a1")
+    assert cluster.jobs.submit_once("run-s0-a1", command).status == "FAILED"
+    assert cluster.jobs.find("nobody") is None
+
+
+def test_a_stopped_job_ends(cluster: Cluster) -> None:
+    cluster.jobs.submit_once("sleeper", ["sleep", "600"])
+    while cluster.jobs.status("sleeper").status == "PENDING":
+        time.sleep(0.1)
+    assert cluster.jobs.stop("sleeper")
+    assert cluster.jobs.wait("sleeper", poll_s=0.1, timeout_s=40).status == "STOPPED"
+    assert not cluster.jobs.stop("sleeper")
+
+
+def test_two_workers_train_inside_a_job_and_are_restarted_after_a_death(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    script = str(Path(HERE) / "ray_cases.py")
+    cluster.jobs.submit_once("train", [sys.executable, script, "train", str(tmp_path)])
+    state = cluster.jobs.wait("train", poll_s=0.2, timeout_s=180)
+    assert state.is_succeeded, cluster.jobs.logs("train")
+    assert (tmp_path / "died").exists()
+    assert json.loads((tmp_path / "seen.json").read_text()) == {
+        "total": 3.0,
+        "world_size": 2,
+        "threads": 1,
+        "local_rank": "0",
+    }
+    assert "rank 1: clip 17 has no frames" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_job_address_that_does_not_answer_is_a_typed_error() -> None:
+    with pytest.raises(ClusterError, match=r"connecting to the Ray cluster at http://127\.0\.0\.1:1 failed"):
+        Jobs("http://127.0.0.1:1")
+
+
+def listening_beyond_loopback(pid: int) -> list[str]:
+    processes = psutil.Process(pid).children(recursive=True)
+    sockets = [
+        (p.name(), c.laddr) for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"
+    ]
+    loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    return [f"{name} {address.ip}:{address.port}" for name, address in sockets if address.ip not in loopback]
+
+
+def test_a_cluster_dies_with_its_owner_even_by_sigkill(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": HERE, "SVITT_TEST_FOLDER": str(tmp_path)}
+    script = str(Path(HERE) / "ray_cases.py")
+    owner = subprocess.Popen([sys.executable, script, "own"], env=environment)
+    deadline = time.monotonic() + 90
+    try:
+        while not (tmp_path / "ready").exists():
+            assert owner.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert listening_beyond_loopback(owner.pid) == []
+        family = psutil.Process(owner.pid).children(recursive=True)
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+    assert len(family) > 5
+    _, alive = psutil.wait_procs(family, timeout=30)
+    names = [process.name() for process in alive]
+    for process in alive:
+        process.kill()
+    assert names == []
