@@ -8,7 +8,11 @@ import contextlib
 import functools
 import logging
 import os
+import re
+import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +25,7 @@ from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ign
 from ray.exceptions import RayError, RayTaskError
 
 from infra.ray_jobs import ClusterError, Jobs
+from infra.reaper import MARK_NAME
 from infra.runtime import environment
 
 logger = logging.getLogger(__name__)
@@ -150,11 +155,20 @@ def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
             "Ray was imported before runtime.prepare_process() was called, so it would run without its token; call "
             "it first (or unset RAY_AUTH_MODE if you set it)"
         )
-    temp_dir = Path(tempfile.gettempdir()) / f"svitt-ray-{os.getuid()}"
+    short = (
+        tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
+    )  # sockets allow 107 characters
+    temp_dir = Path(short) / f"svitt-ray-{os.getuid()}"
     temp_dir.mkdir(mode=0o700, exist_ok=True)
     _remove_old_sessions(temp_dir)
+    mark = secrets.token_hex(8)
+    with _reaper(mark, rf"{re.escape(str(temp_dir))}/session_[^/]*_{os.getpid()}/"):
+        yield from _started_cluster(num_cpus, temp_dir, mark)
+
+
+def _started_cluster(num_cpus: int | None, temp_dir: Path, mark: str) -> Iterator[Cluster]:
     try:
-        with environment(_LOCAL_ENVIRONMENT), _private_ports():
+        with environment({**_LOCAL_ENVIRONMENT, MARK_NAME: mark}), _private_ports():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -175,6 +189,22 @@ def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
         yield Cluster(_dashboard_url(), is_owned=True, is_connected=True)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _reaper(mark: str, logs: str) -> Iterator[None]:
+    """A process outside of this one's session that ends marked processes when this one ends, however it ends."""
+    reaper = subprocess.Popen(
+        [sys.executable, "-m", "infra.reaper", mark, logs],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C in the terminal is not for it
+    )
+    assert reaper.stdin is not None
+    try:
+        yield
+    finally:
+        reaper.stdin.close()
+        reaper.wait()
 
 
 @contextlib.contextmanager

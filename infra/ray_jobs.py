@@ -71,13 +71,15 @@ class Jobs:
     ) -> JobState:
         """Start a job unless one with this id exists; in that case return its state as it is.
 
+        `entrypoint` is better a list of arguments than a line for the shell.
         The id acts as the lock: of two simultaneous callers one starts the job, the other attaches. A failed
         or stopped job is returned too (`is_new` False): to try again, submit the id of the next attempt.
         """
         known = self.find(submission_id)
         if known is not None:
             return known
-        command = entrypoint if isinstance(entrypoint, str) else shlex.join(entrypoint)
+        # `exec`: Ray starts a shell and kills that one when the cluster goes down; the program must be it.
+        command = entrypoint if isinstance(entrypoint, str) else f"exec {shlex.join(entrypoint)}"
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **(env_vars or {})}
         try:
             self._client.submit_job(

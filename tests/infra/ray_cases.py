@@ -75,7 +75,7 @@ def own_a_cluster() -> None:
     from infra.ray_cluster import open_cluster
 
     with open_cluster(num_cpus=2) as cluster:
-        job = cluster.jobs.submit_once("victim", ["sleep", "600"])
+        job = cluster.jobs.submit_once("victim", "sleep 600; true")
         while cluster.jobs.status(job.submission_id).status == "PENDING":
             time.sleep(0.1)
         for _ in cluster.map_tasks(sleep_long, [1]):

@@ -15,6 +15,7 @@ import ray_cases as cases
 
 from infra.ray_cluster import Cluster, TaskError, open_cluster
 from infra.ray_jobs import ClusterError, Jobs
+from infra.reaper import MARK_NAME, marked_processes, reap
 
 pytestmark = pytest.mark.ray
 HERE = str(Path(__file__).parent)
@@ -89,6 +90,19 @@ def test_two_workers_train_inside_a_job_and_are_restarted_after_a_death(
 def test_a_job_address_that_does_not_answer_is_a_typed_error() -> None:
     with pytest.raises(ClusterError, match=r"connecting to the Ray cluster at http://127\.0\.0\.1:1 failed"):
         Jobs("http://127.0.0.1:1")
+
+
+def test_only_marked_processes_are_ended() -> None:
+    marked = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK_NAME: "abc"})
+    other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK_NAME: "abcd"})
+    try:
+        assert marked_processes("abc", "/none/") == [marked.pid]
+        reap("abc", "/none/")
+        assert marked.wait(5) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def listening_beyond_loopback(pid: int) -> list[str]:
