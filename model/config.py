@@ -53,6 +53,7 @@ class VideoConfig(_Frozen):
     num_local_blocks: int = Field(default=1, ge=0, description="0 or odd; counts the own block")
     num_random_blocks: int | None = Field(default=3, ge=0, description="None: dense attention")
     block_size: PositiveInt = 56
+    token_order: Literal["raster", "zcurve"] = "raster"
     layer_scale_init: float = 0.1
     init_std: float = Field(default=0.02, gt=0)
     position_init: Literal["zeros", "normal", "motion"] = "zeros"

@@ -14,7 +14,15 @@ from model.config import VideoConfig
 from model.cost import keep_count
 from model.step_key import derive_seed
 
-__all__ = ["EdgeLayout", "draw_edge_layout", "draw_layouts", "keep_count", "keep_patches", "select_patches"]
+__all__ = [
+    "EdgeLayout",
+    "draw_edge_layout",
+    "draw_layouts",
+    "keep_count",
+    "keep_patches",
+    "select_patches",
+    "token_order",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,26 @@ def draw_layouts(config: VideoConfig, edge_seed: int) -> list[EdgeLayout | None]
             )
         )
     return layouts
+
+
+def token_order(config: VideoConfig) -> Int[Tensor, " n"]:
+    """Clip position (frame by frame, row by row) of every patch in the order in which blocks are cut.
+
+    `raster` leaves them as they are, so that a block is a piece of a few rows of one frame. `zcurve` follows
+    a Morton curve with time as the fastest axis, so that a block is a small cube of space and time (SViTT's
+    option).
+    """
+    side = config.grid
+    position = torch.arange(config.num_patches)
+    if config.token_order == "raster":
+        return position
+    axes = (position // side**2, position // side % side, position % side)
+    bits = max(config.num_frames, side).bit_length()
+    key = torch.zeros_like(position)
+    for bit in range(bits):
+        for place, axis in enumerate(axes):
+            key |= (axis >> bit & 1) << (3 * bit + place)
+    return key.argsort()
 
 
 def select_patches(scores_BN: Float[Tensor, "B N"], keep: int) -> Int[Tensor, "B M"]:

@@ -16,7 +16,15 @@ from model.attention import token_codes
 from model.blocks import NORM_EPS, PatchEmbedding, VideoAttention, VideoBlock
 from model.config import VideoConfig
 from model.errors import ModelInputError
-from model.sparsity import EdgeLayout, draw_layouts, keep_count, keep_patches, layouts_to, select_patches
+from model.sparsity import (
+    EdgeLayout,
+    draw_layouts,
+    keep_count,
+    keep_patches,
+    layouts_to,
+    select_patches,
+    token_order,
+)
 
 # Offsets (time, height, width) of the query from its preferred key: 1 in time looks one frame back.
 MOTION_OFFSETS: tuple[tuple[int, int, int] | None, ...] = (
@@ -39,7 +47,7 @@ class VideoEncoding(NamedTuple):
     """Surviving tokens, CLS first, without a final norm; their pooled vector; what each pruning kept.
 
     `keep_indices` has one entry per pruning layer: positions in the clip (frame by frame, row by row),
-    ascending.
+    in the order of the tokens, which is ascending for `raster`.
     """
 
     tokens_BMD: Float[Tensor, "B M D"]
@@ -58,8 +66,10 @@ class VideoEncoder(nn.Module):
         rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
         self.layers = nn.ModuleList(VideoBlock(config, rate) for rate in rates)
         self.pooled_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
-        codes = token_codes(config.num_frames, config.grid, config.grid)
-        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer(
+            "codes", token_codes(config.num_frames, config.grid, config.grid), persistent=False
+        )
+        self.register_buffer("order", token_order(config), persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -94,8 +104,10 @@ class VideoEncoder(nn.Module):
             layouts = draw_layouts(config, config.eval_edge_seed if edge_seed is None else edge_seed)
         layouts = layouts_to(layouts, video_BTCHW.device)
         tokens = self._embed(video_BTCHW)
-        codes: Tensor = self.codes  # pyright: ignore[reportAssignmentType]
-        positions: Tensor | None = None
+        clip_codes: Tensor = self.codes  # pyright: ignore[reportAssignmentType]
+        # Clip positions of the alive patches: (n,) while all clips hold the same, (B, n) after the first pruning.
+        positions: Tensor = self.order  # pyright: ignore[reportAssignmentType]
+        codes = clip_codes[positions]
         keep_indices: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_after(number)
@@ -104,9 +116,9 @@ class VideoEncoder(nn.Module):
                 assert scores is not None
                 kept = select_patches(scores, keep_count(scores.shape[1], config.keep_rate))
                 tokens = keep_patches(tokens, kept)
-                positions = kept if positions is None else positions.gather(1, kept)
+                positions = positions[kept] if positions.dim() == 1 else positions.gather(1, kept)
                 keep_indices.append(positions)
-                codes = self.codes[positions]  # pyright: ignore[reportIndexIssue]
+                codes = clip_codes[positions]
         pooled = self.pooled_norm(tokens[:, 1:].mean(dim=1))
         return VideoEncoding(tokens, pooled, tuple(keep_indices))
 
@@ -120,6 +132,8 @@ class VideoEncoder(nn.Module):
 
     def _embed(self, video_BTCHW: Tensor) -> Tensor:
         patches = self.patch_embed(video_BTCHW.to(self.cls_token.dtype))
+        if self.config.token_order != "raster":
+            patches = patches.index_select(1, self.order)  # pyright: ignore[reportArgumentType]
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
     def _check(self, video_BTCHW: Tensor) -> None:

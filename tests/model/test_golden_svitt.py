@@ -123,6 +123,32 @@ def test_encoder_equals_the_published_code(mode: str, backend: str) -> None:
     torch.testing.assert_close(exact.pooled_BD, vectors[f"{mode}/pooled_f64"], atol=1e-9, rtol=0)
 
 
+def test_the_curve_is_the_published_one_until_padding_begins() -> None:
+    vectors = _vectors("encoder_T4")
+    video = {"num_random_blocks": 2, "keep_rate": 0.7, "token_order": "zcurve"}
+    model = _model(4, video)
+    assert torch.equal(model.video_encoder.order, vectors["both_zcurve/token_order"])
+    states: list[Tensor] = []
+    for layer in model.video_encoder.layers[:4]:
+        layer.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+    layouts: list[EdgeLayout | None] = [
+        EdgeLayout.from_blocks(
+            torch.cat(
+                [torch.arange(-(-count // 4))[:, None], vectors[f"both_zcurve/blocks_layer{layer:02d}"]], 1
+            ),
+            4,
+            count,
+        )
+        for layer, count in enumerate(model.config.video.tokens_by_layer()[:12])
+    ]
+    with torch.inference_mode():
+        encoding = model.video_encoder(vectors["video"].float() / 32, layouts=layouts)
+    for layer, state in enumerate(states):
+        expected = vectors["both_zcurve/cls_by_layer"][:, layer + 1]
+        torch.testing.assert_close(state[:, 0], expected, atol=5e-5, rtol=0)
+    assert torch.equal(encoding.keep_indices[0], vectors["both_zcurve/kept_layer03"])
+
+
 PRETRAINING = {
     # keep_rate, multimodal settings
     "pretrain_dense_T2_xprune10": (1.0, {"multimodal_keep_rate": 0.1, "multimodal_prune_layers": (10,)}),

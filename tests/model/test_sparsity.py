@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from model.config import VideoConfig
-from model.sparsity import EdgeLayout, draw_edge_layout, draw_layouts, keep_patches, select_patches
+from model.sparsity import (
+    EdgeLayout,
+    draw_edge_layout,
+    draw_layouts,
+    keep_patches,
+    select_patches,
+    token_order,
+)
 
 
 def _draw(num_patches: int, size: int, num_local: int, num_random: int, seed: int = 0) -> EdgeLayout:
@@ -91,3 +98,14 @@ def test_selected_patches_are_the_best_in_ascending_order() -> None:
     assert kept.tolist() == [[1, 3], [0, 2]]
     tokens = torch.arange(10.0).view(2, 5, 1)
     assert keep_patches(tokens, kept)[..., 0].tolist() == [[0, 2, 4], [5, 6, 8]]
+
+
+def test_the_curve_runs_through_time_first() -> None:
+    config = VideoConfig(num_frames=2, image_size=32, num_random_blocks=None, token_order="zcurve")
+    # 2 x 2 patches: positions 0..3 of frame 0, 4..7 of frame 1
+    assert token_order(config).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+
+
+def test_the_curve_visits_every_patch_of_an_uneven_grid_once() -> None:
+    config = VideoConfig(num_frames=3, image_size=80, num_random_blocks=None, token_order="zcurve")
+    assert token_order(config).sort().values.tolist() == list(range(75))

@@ -130,6 +130,15 @@ def test_recomputation_changes_neither_values_nor_gradients() -> None:
         torch.testing.assert_close(plain, recomputed)
 
 
+def test_token_order_does_not_change_a_dense_encoder() -> None:
+    clips = _clips()
+    raster, curve = (
+        _encoder(num_random_blocks=None, token_order=order)(clips) for order in ("raster", "zcurve")
+    )
+    torch.testing.assert_close(raster.pooled_BD, curve.pooled_BD)
+    torch.testing.assert_close(raster.keep_indices[1], curve.keep_indices[1].sort(dim=1).values)
+
+
 def test_drop_path_acts_in_training_only_and_keeps_the_mean() -> None:
     config = tiny_config({"drop_path": 0.5}).video
     block = VideoBlock(config, 0.5)
