@@ -195,7 +195,7 @@ def _started_cluster(num_cpus: int | None, temp_dir: Path, mark: str) -> Iterato
 def _reaper(mark: str, logs: str) -> Iterator[None]:
     """A process outside of this one's session that ends marked processes when this one ends, however it ends."""
     reaper = subprocess.Popen(
-        [sys.executable, "-m", "infra.reaper", mark, logs],
+        [sys.executable, "-m", "infra.reaper", mark, logs, str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in the terminal is not for it
     )

@@ -1,9 +1,10 @@
-"""Ends what a killed owner left behind: `python -m infra.reaper MARK LOGS` waits for its stdin to close.
+"""Ends what a killed owner left behind: `python -m infra.reaper MARK LOGS OWNER`.
 
-Ray ties most of its processes to their owner's life, but an agent lingers for a minute and a job's own children
-stay. Every process started under an owned cluster carries MARK in its environment, or, if it has overwritten
-that with a process title, holds a log file open in a folder matching LOGS (a regular expression). After the
-owner has gone, those that do not end by themselves within two seconds are killed. Standard library only.
+It waits until its stdin closes. Ray ties most of its processes to their owner's life, but an agent lingers for
+a minute and a job's own children stay. Every process started under an owned cluster carries MARK in its
+environment, or, if it has overwritten that with a process title, holds a log file open in a folder matching LOGS
+(a regular expression). After OWNER (a process id, itself spared) has closed the cluster or died, those that do
+not end by themselves within two seconds are killed. Standard library only.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ _GRACE_S = 2.0
 _PATIENCE_S = 20.0
 
 
-def marked_processes(mark: str, logs: str) -> list[int]:
-    """Ids of living processes (not this one) that inherited the mark or write to such logs."""
+def marked_processes(mark: str, logs: str, spared: int) -> list[int]:
+    """Ids of living processes that inherited the mark or write to such logs; not `spared` and not this one."""
     variable, folder = f"{MARK_NAME}={mark}".encode(), re.compile(logs)
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -31,13 +32,16 @@ def marked_processes(mark: str, logs: str) -> list[int]:
                 found.append(int(process.name))
         except OSError:  # ended meanwhile, or another user's
             continue
-    return [pid for pid in found if pid != os.getpid()]
+    return [pid for pid in found if pid not in (os.getpid(), spared)]
 
 
-def reap(mark: str, logs: str) -> None:
-    """Give marked processes two seconds, then kill them until none is left (20 s at most)."""
+def reap(mark: str, logs: str, owner: int) -> None:
+    """Give marked processes two seconds, then kill them until none is left (20 s at most).
+
+    The owner is spared: after an orderly end it lives on, with Ray's log files still open.
+    """
     started = time.monotonic()
-    while pids := marked_processes(mark, logs):
+    while pids := marked_processes(mark, logs, owner):
         elapsed_s = time.monotonic() - started
         if elapsed_s > _PATIENCE_S:
             return
@@ -49,5 +53,6 @@ def reap(mark: str, logs: str) -> None:
 
 
 if __name__ == "__main__":
+    owner_pid = int(sys.argv[3])
     sys.stdin.buffer.read()  # returns when the owner closes the pipe or dies
-    reap(sys.argv[1], sys.argv[2])
+    reap(sys.argv[1], sys.argv[2], owner_pid)

@@ -96,13 +96,25 @@ def test_only_marked_processes_are_ended() -> None:
     marked = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK_NAME: "abc"})
     other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK_NAME: "abcd"})
     try:
-        assert marked_processes("abc", "/none/") == [marked.pid]
-        reap("abc", "/none/")
+        assert marked_processes("abc", "/none/", spared=0) == [marked.pid]
+        reap("abc", "/none/", owner=0)
         assert marked.wait(5) == -signal.SIGKILL
         assert other.poll() is None
     finally:
         other.kill()
         other.wait()
+
+
+def test_the_owner_is_spared(tmp_path: Path) -> None:
+    script = f"file = open({str(tmp_path / 'log')!r}, 'w'); input(); file.close()"
+    owner = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
+    try:
+        while marked_processes("abc", str(tmp_path), spared=0) != [owner.pid]:
+            assert owner.poll() is None
+            time.sleep(0.05)
+        assert marked_processes("abc", str(tmp_path), spared=owner.pid) == []
+    finally:
+        owner.communicate(b"\n")
 
 
 def listening_beyond_loopback(pid: int) -> list[str]:
