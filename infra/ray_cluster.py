@@ -33,10 +33,8 @@ logger = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-# Read by the processes of an owned cluster only. Without the first, Ray's agents outlive a killed cluster by
-# a minute: they try to report the death to a head that is gone.
+# Read by the processes of an owned cluster only.
 _LOCAL_ENVIRONMENT = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: listen on loopback only
     "RAY_enable_metrics_collection": "0",
     "RAY_prestart_worker_first_driver": "0",
