@@ -5,6 +5,7 @@ at another world size (DeepSpeed's universal format) and offload of parameters.
 """
 
 import contextlib
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from infra.config import EngineConfig
-from infra.engine import EngineError, ParameterGroups, rank, set_learning_rate, to_portable, torch_dtype
+from infra.engine import (
+    EngineError,
+    ParameterGroups,
+    rank,
+    set_learning_rate,
+    to_portable,
+    torch_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +63,7 @@ class DeepSpeedEngine:
                 "offload_optimizer moves state from a GPU to the host; this rank trains on the CPU"
             )
         skip_shared_memory_build()
+        _import_muon_uncompiled()
         with _quiet():
             deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
             engine, *_ = deepspeed.initialize(
@@ -192,6 +201,19 @@ def skip_shared_memory_build() -> None:
     it. Setting it before DeepSpeed fills it also saves running the compiler checks.
     """
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which every `initialize` does, without its three `torch.compile` decorators.
+
+    They load the whole of torch's compiler, 1.9 s of CPU time in every rank, for an optimizer not offered here.
+    """
+    compiler = torch.compile
+    torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiler
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
