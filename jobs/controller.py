@@ -13,7 +13,7 @@ from typing import Literal
 
 from infra.ledger import Ledger, sole_controller
 from infra.ray_cluster import open_cluster
-from infra.ray_jobs import Jobs
+from infra.ray_jobs import ClusterError, Jobs
 from jobs.run_dir import RunDir
 from jobs.tracking import RunTracking
 
@@ -78,7 +78,19 @@ def run_stage_jobs(
             attempts_made += 1
             say("stage %d: job %s", number, job_id)
         result = jobs.wait(job_id)
+        keep_job_log(jobs, run, number, job_id)
         say("stage %d: job %s %s (exit code %s)", number, job_id, result.status, result.exit_code)
+
+
+def keep_job_log(jobs: Jobs, run: RunDir, number: int, job_id: str) -> None:
+    """Copies what a stage job printed into the run directory: Ray's own copy goes with its session."""
+    path = run.stage_dir(number) / "logs" / f"{job_id}.log"
+    try:
+        text = jobs.logs(job_id)
+    except ClusterError as error:
+        text = f"the log of job {job_id} could not be read: {error}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def stage_command(run: RunDir, number: int, attempt: int) -> list[str]:

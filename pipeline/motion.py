@@ -18,7 +18,7 @@ Affine = NDArray[np.float64]
 
 # Phases of an action: the hand arrives, does it, leaves.
 REACHED, RELEASED = 0.32, 0.68
-LIFT_FROM = 0.4
+LIFT_FROM, OUT_OF_SIGHT = 0.38, 0.78
 TURN_ANGLE = math.radians(60)
 # Sides of the table in sides of the picture: the eye sees about half of the table at a time.
 TABLE_SPREAD = 2.0
@@ -146,7 +146,7 @@ class Motion:
 
     def carried(self, index: int, pose: Pose, phase: float) -> Pose:
         """Lifts an object towards the viewer and then down out of the picture."""
-        lift = max(0.0, (phase - LIFT_FROM) / (1 - LIFT_FROM))
+        lift = min(1.0, max(0.0, (phase - LIFT_FROM) / (OUT_OF_SIGHT - LIFT_FROM)))
         middle_x, middle_y = self._gaze(index)
         away_y = middle_y + self.view_height / 2 + 2.2 * self.unit
         # An object near the lower border starts later, so that it stays in sight as long as a far one.
