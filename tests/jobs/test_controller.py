@@ -1,0 +1,263 @@
+"""Who submits what and when: stages by the controller, the controller by `submit`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from fake_jobs import FakeJobs, state
+
+from infra.config_io import ConfigError
+from infra.ledger import Ledger
+from infra.ray_cluster import Cluster
+from infra.ray_jobs import Jobs, JobState
+from jobs.controller import Outcome, run_stage_jobs
+from jobs.recipe import Recipe, load_recipe, resolve_paths
+from jobs.run_dir import RunDir
+from jobs.submit import drive, open_run, start_controller
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+@pytest.fixture
+def ledger(run: RunDir) -> Ledger:
+    return Ledger(run.ledger_file)
+
+
+def ends(
+    ledger: Ledger, *endings: tuple[str, int | None], number: int = 1
+) -> Callable[[str], JobState | None]:
+    """Jobs end one after the other as told; one that succeeds has marked its stage done."""
+    waiting = list(endings)
+
+    def look(job_id: str) -> JobState:
+        status, exit_code = waiting.pop(0)
+        if status == "SUCCEEDED":
+            ledger.record_stage(number, "done")
+        return state(job_id, status, exit_code)
+
+    return look
+
+
+def drive_stage(
+    jobs: FakeJobs, run: RunDir, ledger: Ledger, number: int = 1, max_attempts: int = 3
+) -> Outcome:
+    return run_stage_jobs(cast(Jobs, jobs), run, ledger, number, max_attempts, say=lambda *values: None)
+
+
+def test_a_new_stage_is_submitted_once_under_an_id_that_follows_from_the_run(
+    run: RunDir, ledger: Ledger
+) -> None:
+    jobs = FakeJobs(on_look=ends(ledger, ("SUCCEEDED", 0)))
+    assert drive_stage(jobs, run, ledger) == "done"
+    job_id = f"{run.run_id}-s1-a1"
+    assert jobs.submitted == jobs.waited == [job_id]
+    assert ledger.read().stage(1).job_ids == (job_id,)
+    command = jobs.commands[job_id]
+    assert command[:4] == [sys.executable, "-m", "jobs", "pretrain"]
+    assert command[4:] == [str(run.path), "--stage", "1", "--attempt", "1", "--address", "auto"]
+
+
+def test_the_run_id_is_the_same_for_the_same_folder_and_differs_for_another(tmp_path: Path) -> None:
+    assert RunDir(tmp_path / "a" / "run").run_id == RunDir(tmp_path / "a" / "run").run_id
+    assert RunDir(tmp_path / "a" / "run").run_id != RunDir(tmp_path / "b" / "run").run_id
+
+
+def test_a_stage_that_is_done_is_not_submitted(run: RunDir, ledger: Ledger) -> None:
+    ledger.record_stage(1, "done")
+    jobs = FakeJobs()
+    assert drive_stage(jobs, run, ledger) == "done"
+    assert jobs.submitted == jobs.waited == []
+
+
+def test_a_running_job_of_the_stage_is_attached_to(run: RunDir, ledger: Ledger) -> None:
+    job_id = f"{run.run_id}-s1-a1"
+    ledger.record_attempt(1, job_id)
+    jobs = FakeJobs({job_id: state(job_id, "RUNNING")}, on_look=ends(ledger, ("SUCCEEDED", 0)))
+    assert drive_stage(jobs, run, ledger) == "done"
+    assert (jobs.submitted, jobs.waited) == ([], [job_id])
+    assert ledger.read().stage(1).attempts == 1
+
+
+def test_a_job_that_the_cluster_no_longer_knows_is_followed_by_the_next_attempt(
+    run: RunDir, ledger: Ledger
+) -> None:
+    ledger.record_attempt(1, f"{run.run_id}-s1-a1")
+    jobs = FakeJobs(on_look=ends(ledger, ("SUCCEEDED", 0)))
+    assert drive_stage(jobs, run, ledger) == "done"
+    assert jobs.submitted == [f"{run.run_id}-s1-a2"]
+    assert ledger.read().stage(1).attempts == 2
+
+
+def test_a_failed_job_is_followed_by_the_next_attempt(run: RunDir, ledger: Ledger) -> None:
+    jobs = FakeJobs(on_look=ends(ledger, ("FAILED", 1), ("STOPPED", None), ("SUCCEEDED", 0)))
+    assert drive_stage(jobs, run, ledger) == "done"
+    assert jobs.submitted == [f"{run.run_id}-s1-a{attempt}" for attempt in (1, 2, 3)]
+
+
+def test_attempts_end_with_the_budget_and_the_stage_is_failed(run: RunDir, ledger: Ledger) -> None:
+    jobs = FakeJobs(on_look=ends(ledger, ("FAILED", 1), ("FAILED", 1)))
+    assert drive_stage(jobs, run, ledger, max_attempts=2) == "failed"
+    assert len(jobs.submitted) == 2
+    assert ledger.read().stage(1).status == "failed"
+
+
+def test_a_controller_started_later_has_its_own_budget_and_counts_on(run: RunDir, ledger: Ledger) -> None:
+    drive_stage(FakeJobs(on_look=ends(ledger, ("FAILED", 1))), run, ledger, max_attempts=1)
+    jobs = FakeJobs(on_look=ends(ledger, ("SUCCEEDED", 0)))
+    assert drive_stage(jobs, run, ledger, max_attempts=1) == "done"
+    assert jobs.submitted == [f"{run.run_id}-s1-a2"]
+
+
+def test_a_job_that_succeeds_without_the_ledger_saying_done_counts_as_an_attempt(
+    run: RunDir, ledger: Ledger
+) -> None:
+    jobs = FakeJobs(on_look=lambda job_id: state(job_id, "SUCCEEDED", 0))
+    assert drive_stage(jobs, run, ledger, max_attempts=2) == "failed"
+    assert ledger.read().stage(1).attempts == 2
+
+
+def test_a_stage_done_by_a_job_that_then_fails_is_done(run: RunDir, ledger: Ledger) -> None:
+    def look(job_id: str) -> JobState:
+        ledger.record_stage(1, "done")
+        return state(job_id, "FAILED", 1)
+
+    jobs = FakeJobs(on_look=look)
+    assert drive_stage(jobs, run, ledger) == "done"
+    assert len(jobs.submitted) == 1
+
+
+def test_a_stop_request_starts_no_job(run: RunDir, ledger: Ledger) -> None:
+    run.stop_file.touch()
+    jobs = FakeJobs()
+    assert drive_stage(jobs, run, ledger) == "stopped"
+    assert jobs.submitted == []
+    assert ledger.read().stage(1).status == "stopped"
+
+
+def test_a_stop_request_during_a_job_is_not_followed_by_another(run: RunDir, ledger: Ledger) -> None:
+    def look(job_id: str) -> JobState:
+        run.stop_file.touch()
+        return state(job_id, "FAILED", 3)
+
+    jobs = FakeJobs(on_look=look)
+    assert drive_stage(jobs, run, ledger) == "stopped"
+    assert len(jobs.submitted) == 1
+
+
+def test_what_a_job_printed_is_kept_in_the_run_directory(run: RunDir, ledger: Ledger) -> None:
+    drive_stage(FakeJobs(on_look=ends(ledger, ("SUCCEEDED", 0))), run, ledger)
+    job_id = f"{run.run_id}-s1-a1"
+    assert (run.stage_dir(1) / "logs" / f"{job_id}.log").read_text() == f"printed by {job_id}\n"
+
+
+def test_a_log_that_cannot_be_had_does_not_stop_the_controller(run: RunDir, ledger: Ledger) -> None:
+    jobs = FakeJobs(on_look=ends(ledger, ("SUCCEEDED", 0)), has_logs=False)
+    assert drive_stage(jobs, run, ledger) == "done"
+    (log,) = (run.stage_dir(1) / "logs").iterdir()
+    assert "could not be read: gone" in log.read_text()
+
+
+def cluster_of(jobs: FakeJobs, is_owned: bool = True) -> Cluster:
+    return cast(Cluster, SimpleNamespace(jobs=jobs, is_owned=is_owned))
+
+
+def test_the_first_controller_is_number_one_and_walks_the_run(run: RunDir, ledger: Ledger) -> None:
+    jobs = FakeJobs()
+    assert start_controller(cluster_of(jobs), run) == f"{run.run_id}-c1"
+    command = jobs.commands[f"{run.run_id}-c1"]
+    assert command == [sys.executable, "-m", "jobs", "control", str(run.path), "--address", "auto"]
+    assert ledger.read().facts["controllers"] == 1
+
+
+def test_a_controller_at_work_is_attached_to(run: RunDir, ledger: Ledger) -> None:
+    jobs = FakeJobs()
+    first = start_controller(cluster_of(jobs), run)
+    jobs.states[first] = state(first, "RUNNING")
+    assert start_controller(cluster_of(jobs), run) == first
+    assert jobs.submitted == [first]
+    assert ledger.read().facts["controllers"] == 1
+
+
+def test_a_finished_controller_is_followed_by_the_next_number(run: RunDir, ledger: Ledger) -> None:
+    jobs = FakeJobs()
+    first = start_controller(cluster_of(jobs), run)
+    jobs.states[first] = state(first, "FAILED", 1)
+    assert start_controller(cluster_of(jobs), run) == f"{run.run_id}-c2"
+    assert ledger.read().facts["controllers"] == 2
+
+
+def test_a_controller_lost_with_its_cluster_is_followed_by_the_next_number(
+    run: RunDir, ledger: Ledger
+) -> None:
+    start_controller(cluster_of(FakeJobs()), run)
+    assert start_controller(cluster_of(FakeJobs()), run) == f"{run.run_id}-c2"
+
+
+def test_a_caller_killed_before_it_wrote_the_ledger_leaves_a_controller_to_attach_to(run: RunDir) -> None:
+    job_id = f"{run.run_id}-c1"
+    jobs = FakeJobs({job_id: state(job_id, "RUNNING")})
+    assert start_controller(cluster_of(jobs), run) == job_id
+    assert jobs.submitted == []
+
+
+def test_an_old_stop_request_does_not_stop_a_run_that_is_started_again(
+    run: RunDir, recipe: Recipe, report_lines: tuple
+) -> None:
+    report, lines = report_lines
+    opened = open_run(recipe, run.path)
+    opened.stop_file.touch()
+    assert drive(cluster_of(FakeJobs(), is_owned=False), opened, report, is_detached=True) == 0
+    assert not opened.stop_file.exists()
+    assert f"submitted as job {opened.run_id}-c1; follow with: svitt status {opened.path}" in lines()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return resolve_paths(load_recipe("demo"), tmp_path / "workspace")
+
+
+def test_a_run_directory_keeps_the_recipe_and_opens_again_with_the_same(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    first = open_run(recipe, tmp_path / "runs" / "a")
+    assert first.recipe() == recipe
+    assert open_run(recipe, tmp_path / "runs" / "a") == first
+
+
+def test_another_recipe_in_the_same_run_directory_is_refused_naming_what_differs(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    open_run(recipe, tmp_path / "run")
+    first = recipe.stages[0].model_copy(update={"learning_rate": 0.5})
+    other = recipe.model_copy(update={"seed": 7, "stages": (first, *recipe.stages[1:])})
+    with pytest.raises(ConfigError) as caught:
+        open_run(other, tmp_path / "run")
+    old_rate = recipe.stages[0].learning_rate
+    assert caught.value.problems[:2] == [
+        "seed: the run has 0, the recipe now says 7",
+        f"stages.0.learning_rate: the run has {old_rate}, the recipe now says 0.5",
+    ]
+    assert "svitt resume" in caught.value.problems[2]
+    assert RunDir(tmp_path / "run").recipe() == recipe
+
+
+def test_one_stage_more_is_another_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    open_run(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"stages\.1\.name: the run has nothing, the recipe now says"):
+        open_run(recipe, tmp_path / "run")
+
+
+def test_a_recipe_without_stages_is_no_run(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stages is empty"):
+        open_run(recipe.model_copy(update={"stages": ()}), tmp_path / "run")
+
+
+def test_a_folder_without_a_recipe_is_no_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is missing"):
+        RunDir(tmp_path).recipe()
