@@ -46,6 +46,11 @@ class JobState:
     def is_succeeded(self) -> bool:
         return self.status == JobStatus.SUCCEEDED
 
+    @property
+    def shell_code(self) -> int:
+        """What a command that followed the job ends with: 0 only if it succeeded, 1 if it left no code."""
+        return 0 if self.is_succeeded else self.exit_code or 1
+
 
 class Jobs:
     """The jobs of one cluster, addressed by its dashboard URL (http://host:port)."""

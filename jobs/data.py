@@ -94,4 +94,4 @@ def prepare_on(recipe: Recipe, address: str | None, report: ProgressReport) -> i
         report.say(f"preparing as job {job_id}")
         for text in cluster.jobs.tail(job_id):
             report.say(text.rstrip("\n"))
-        return cluster.jobs.wait(job_id).exit_code or 0
+        return cluster.jobs.wait(job_id).shell_code

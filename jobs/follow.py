@@ -34,9 +34,9 @@ def follow_run(
         state = ledger.read().stage(number)
         if state.status != "done":
             _explain(job, run, number, state, report)
-            return job.exit_code if job.exit_code else 1
+            return job.shell_code or 1
         report.say(f"{title}: done. {describe_scores(state.facts.get('scores', {}))}")
-    return jobs.wait(job_id, POLL_S).exit_code or 0
+    return jobs.wait(job_id, POLL_S).shell_code
 
 
 def _follow_stage(
