@@ -47,8 +47,8 @@ class ProgressReport:
         self.console, self.clock, self.interval_s = console, clock, interval_s
 
     def say(self, line: str) -> None:
-        """One line that stays, whatever the output is."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        """One line that stays, word for word, whatever the output is."""
+        self.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[ProgressTask]:
