@@ -1,0 +1,66 @@
+"""Plain progress: one line per interval at most, whatever calls it."""
+
+import io
+
+from rich.console import Console
+
+from jobs.progress import ProgressReport
+
+
+class Plain:
+    """A report into memory with a clock that the test moves."""
+
+    def __init__(self, interval_s: float = 10.0) -> None:
+        self.output, self.now_s = io.StringIO(), 0.0
+        console = Console(file=self.output, force_terminal=False, width=40)
+        self.report = ProgressReport(console, clock=lambda: self.now_s, interval_s=interval_s)
+
+    def lines(self) -> list[str]:
+        return self.output.getvalue().splitlines()
+
+
+def test_there_is_at_most_one_line_per_interval() -> None:
+    plain = Plain(interval_s=10)
+    with plain.report.task("decoding", 1000) as task:
+        for second in range(100):  # ten advances a second apart make an interval
+            plain.now_s = float(second)
+            task.advance()
+    assert [line.split(" ")[1] for line in plain.lines()] == [
+        f"{done}/1000" for done in (11, 21, 31, 41, 51, 61, 71, 81, 91)
+    ]
+
+
+def test_a_line_holds_name_count_note_and_the_time_left() -> None:
+    plain = Plain(interval_s=10)
+    with plain.report.task("decoding", 100) as task:
+        plain.now_s = 20.0
+        task.set(25, "2 rejected")
+    # 25 took 20 s, so the other 75 take 60 s
+    assert plain.lines() == ["decoding: 25/100 2 rejected eta 60 s"]
+
+
+def test_without_a_note_there_is_no_gap_and_without_progress_no_guess() -> None:
+    plain = Plain(interval_s=10)
+    with plain.report.task("decoding", 4) as task:
+        plain.now_s = 10.0
+        task.set(0)
+        plain.now_s = 20.0
+        task.set(1)
+    assert plain.lines() == ["decoding: 0/4 eta ?", "decoding: 1/4 eta 60 s"]
+
+
+def test_a_task_shorter_than_an_interval_prints_nothing() -> None:
+    plain = Plain(interval_s=10)
+    with plain.report.task("decoding", 3) as task:
+        for _ in range(3):
+            plain.now_s += 3.0
+            task.advance()
+    assert plain.lines() == []
+
+
+def test_a_line_said_is_not_held_back_wrapped_or_marked_up() -> None:
+    plain = Plain()
+    long = "71.2 [66.4, 75.6] and [bold]no markup[/bold] in " + "a long line " * 8
+    plain.report.say(long)
+    plain.report.say("next")
+    assert plain.lines() == [long, "next"]
