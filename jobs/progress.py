@@ -14,28 +14,30 @@ class ProgressTask:
     def __init__(self, report: "ProgressReport", name: str, total: int, live: tuple[Progress, TaskID] | None):
         self._report, self._name, self._total, self._live = report, name, total, live
         self._done = 0
-        self._started_s = self._last_line_s = report.clock()
+        self._last_line_s = report.clock()
+        # Time left is judged from the first count on: what came before it was starting up, not work.
+        self._first: tuple[float, int] | None = None
 
     def advance(self, by: int = 1, note: str = "") -> None:
         self.set(self._done + by, note)
 
     def set(self, done: int, note: str = "") -> None:
-        """Moves to `done` of the total; `note` is shown beside the count."""
+        """Moves to `done` of the total (back, when work is repeated); `note` is shown beside the count."""
         self._done = done
+        now_s = self._report.clock()
+        if self._first is None or done < self._first[1]:
+            self._first = (now_s, done)
         if self._live is not None:
             progress, task = self._live
             progress.update(task, completed=done, note=note)
             return
-        now_s = self._report.clock()
         if now_s - self._last_line_s >= self._report.interval_s:
             self._last_line_s = now_s
-            self._line(now_s, note)
+            self._line(now_s - self._first[0], done - self._first[1], note)
 
-    def _line(self, now_s: float, note: str) -> None:
-        elapsed_s = now_s - self._started_s
-        left_s = elapsed_s / self._done * (self._total - self._done) if self._done else float("nan")
-        eta = f"eta {left_s:.0f} s" if self._done else "eta ?"
-        self._report.say(f"{self._name}: {self._done}/{self._total} {note} {eta}".replace("  ", " "))
+    def _line(self, elapsed_s: float, num_since: int, note: str) -> None:
+        left = f"{elapsed_s / num_since * (self._total - self._done):.0f} s" if num_since else "?"
+        self._report.say(f"{self._name}: {self._done}/{self._total} {note} eta {left}".replace("  ", " "))
 
 
 class ProgressReport:
