@@ -58,6 +58,12 @@ class VideoConfig(_Frozen):
     init_std: float = Field(default=0.02, gt=0)
     position_init: Literal["zeros", "normal", "motion"] = "zeros"
     position_init_scale: float = Field(default=1.0, ge=0, description="std of normal, slope of motion")
+    absolute_position_std: float = Field(
+        default=0.0,
+        ge=0,
+        description="adds learned embeddings of time and place that start with this spread; 0: none, as published. "
+        "A small model trained from scratch learns order from them within minutes when they start as large as patches",
+    )
     eval_edge_seed: int = Field(
         default=0, description="random edges of evaluation are a function of this and the layer"
     )
@@ -258,6 +264,8 @@ class ModelConfig(_Frozen):
             video.table_rows,
             3 * video.patch_size**2,
         )
+        if video.absolute_position_std:
+            total += (video.num_frames + video.grid**2) * video.width
         total += cost.text_parameters(
             text.depth,
             text.num_fusion_layers,

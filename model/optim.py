@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-_NO_DECAY_PARTS = ("bias_table", "cls_token", "learned_temperature", "_embeddings.weight")
+_NO_DECAY_PARTS = ("bias_table", "cls_token", "learned_temperature", "_embeddings.weight", "_embedding")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

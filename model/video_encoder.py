@@ -1,7 +1,8 @@
 """The sparse video encoder of SViTT (arXiv 2304.08809): patches of all frames and one CLS, attended jointly.
 
 Edge sparsity: block layouts per layer. Node sparsity: after some layers only the patches that CLS attends to
-most are kept. There is no temporal embedding: order is known only through the relative position tables.
+most are kept. As published there is no temporal embedding, order is known only through the relative position
+tables; `absolute_position_std` adds embeddings of time and place.
 """
 
 from collections.abc import Sequence
@@ -63,6 +64,9 @@ class VideoEncoder(nn.Module):
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbedding(config.patch_size, config.width)
+        if config.absolute_position_std:
+            self.time_embedding = nn.Parameter(torch.zeros(config.num_frames, config.width))
+            self.place_embedding = nn.Parameter(torch.zeros(config.grid**2, config.width))
         rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
         self.layers = nn.ModuleList(VideoBlock(config, rate) for rate in rates)
         self.pooled_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
@@ -78,6 +82,9 @@ class VideoEncoder(nn.Module):
         """
         std = self.config.init_std
         nn.init.trunc_normal_(self.cls_token, std=std)
+        if self.config.absolute_position_std:
+            nn.init.normal_(self.time_embedding, std=self.config.absolute_position_std)
+            nn.init.normal_(self.place_embedding, std=self.config.absolute_position_std)
         for module in self.modules():
             if isinstance(module, nn.Linear | PatchEmbedding):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -132,6 +139,8 @@ class VideoEncoder(nn.Module):
 
     def _embed(self, video_BTCHW: Tensor) -> Tensor:
         patches = self.patch_embed(video_BTCHW.to(self.cls_token.dtype))
+        if self.config.absolute_position_std:
+            patches = patches + (self.time_embedding[:, None] + self.place_embedding).flatten(0, 1)
         if self.config.token_order != "raster":
             patches = patches.index_select(1, self.order)  # pyright: ignore[reportArgumentType]
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)

@@ -18,6 +18,7 @@ from model.video_text_model import VideoTextModel
 InflationRule = Literal["nearest", "interpolate"]
 _CLS_ROWS = 3
 _TABLE = "attention.bias_table"
+_TIME = "time_embedding"
 # Learned temperature of another stage: dropped by a model whose temperature is fixed.
 _OPTIONAL = ("learned_temperature",)
 
@@ -70,6 +71,19 @@ def inflate_bias_table(
     return torch.cat([inflated.flatten(0, 1), table_RA[-_CLS_ROWS:]])
 
 
+def inflate_time_embedding(embedding_TD: Float[Tensor, "T D"], new_frames: int) -> Float[Tensor, "T2 D"]:
+    """Time embedding for another number of frames, linear between the old ones and held at the ends.
+
+    Frames are the middles of equal parts of the clip, so frame i of T' stands at (i + 1/2) T / T' - 1/2 of T.
+    """
+    old_frames = embedding_TD.shape[0]
+    index = torch.arange(new_frames, device=embedding_TD.device, dtype=torch.float64)
+    position = ((index + 0.5) * old_frames / new_frames - 0.5).clamp(0, old_frames - 1)
+    low = position.floor().long()
+    share = (position - low).to(embedding_TD.dtype)[:, None]
+    return embedding_TD[low] * (1 - share) + embedding_TD[(low + 1).clamp_max(old_frames - 1)] * share
+
+
 def load_for_num_frames(
     model: VideoTextModel,
     state: Mapping[str, Tensor],
@@ -97,6 +111,9 @@ def load_for_num_frames(
             except WeightsError as error:
                 problems.append(f"{key}: {error}")
                 continue
+        elif key.endswith(_TIME) and value.shape[1:] == own[key].shape[1:] and value.shape != own[key].shape:
+            value = inflate_time_embedding(value, model.config.video.num_frames)
+            inflated.append(key)
         elif value.shape != own[key].shape:
             problems.append(f"{key}: shape {tuple(value.shape)}, the model has {tuple(own[key].shape)}")
             continue

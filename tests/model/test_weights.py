@@ -10,7 +10,12 @@ from safetensors.torch import load_file
 from model.config import ModelConfig
 from model.errors import WeightsError
 from model.video_text_model import VideoTextModel
-from model.weights import from_official, inflate_bias_table, load_for_num_frames
+from model.weights import (
+    from_official,
+    inflate_bias_table,
+    inflate_time_embedding,
+    load_for_num_frames,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "svitt"
 CONFIG = ModelConfig.named("tiny").replaced(
@@ -132,3 +137,20 @@ def test_unknown_published_keys_are_refused() -> None:
         from_official({"momentum_queue": torch.zeros(1)})
     with pytest.raises(WeightsError, match="only"):
         from_official({"vision_encoder.encoder.layer.0.attention.attention.key.weight": torch.zeros(4, 4)})
+
+
+def test_time_embeddings_grow_between_the_middles_of_their_frames() -> None:
+    embedding = torch.tensor([[0.0], [4.0]])
+    # Middles of 4 parts lie at -0.25, 0.25, 0.75, 1.25 of the two old frames; the ends are held.
+    assert inflate_time_embedding(embedding, 4).tolist() == [[0.0], [1.0], [3.0], [4.0]]
+    assert inflate_time_embedding(embedding, 2).tolist() == embedding.tolist()
+
+
+def test_a_model_with_absolute_positions_loads_at_another_number_of_frames() -> None:
+    config = CONFIG.replaced(video={"absolute_position_std": 1.0})
+    longer = config.replaced(video={"num_frames": 2 * config.video.num_frames})
+    model = VideoTextModel(config)
+    report = load_for_num_frames(target := VideoTextModel(longer), model.state_dict(), "interpolate")
+    assert "video_encoder.time_embedding" in report.inflated
+    assert torch.equal(target.video_encoder.place_embedding, model.video_encoder.place_embedding)
+    assert sum(p.numel() for p in target.parameters()) == longer.num_parameters()
