@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from infra.config import CheckpointConfig, ClusterConfig, EngineConfig, Settings, TrackingConfig
 from infra.config_io import ConfigError, load_config
@@ -57,6 +57,8 @@ class StageConfig(Settings):
     def _one_length(self) -> Self:
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("set exactly one of num_steps and num_epochs")
+        if self.num_steps is not None and self.warmup_steps > self.num_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} do not fit into num_steps {self.num_steps}")
         return self
 
 
@@ -105,9 +107,23 @@ class Recipe(Settings):
                 f"loader.image_size is {self.loader.image_size} and model.video.image_size "
                 f"{self.model.video.image_size}; they must be equal"
             )
+        if self.loader.text_length > self.model.text.max_length:
+            raise ValueError(
+                f"loader.text_length is {self.loader.text_length}, model.text.max_length has positions for "
+                f"{self.model.text.max_length} tokens: raise it or shorten the captions"
+            )
+        self._check_cluster()
         for stage in self.stages:
             self._check_stage(stage)
         return self
+
+    def _check_cluster(self) -> None:
+        needed = self.cluster.num_workers * self.cluster.cpus_per_worker
+        if self.cluster.num_cpus is not None and self.cluster.num_cpus < needed:
+            raise ValueError(
+                f"cluster.num_cpus is {self.cluster.num_cpus}, num_workers x cpus_per_worker is {needed}: "
+                "the workers of a stage would wait for ever"
+            )
 
     def _check_stage(self, stage: StageConfig) -> None:
         if stage.num_frames > self.prepare.num_frames:
@@ -120,7 +136,11 @@ class Recipe(Settings):
                 f"stage {stage.name}: global_batch_size {stage.global_batch_size} does not divide by "
                 f"cluster.num_workers {self.cluster.num_workers}"
             )
-        self.stage_model(stage)
+        try:
+            self.stage_model(stage)
+        except ValidationError as error:
+            faults = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+            raise ValueError(f"stage {stage.name}: {faults}") from None
 
     def stage_model(self, stage: StageConfig) -> ModelConfig:
         """The model of one stage: the recipe's, with the stage's frames and sparsity."""

@@ -71,8 +71,26 @@ def test_every_fault_of_a_recipe_is_listed_at_once() -> None:
         ),
         (
             # 4 frames (stage 1) of (96 / 24)^2 = 16 patches are 64 tokens
-            ("model.video.image_size=96", "model.video.patch_size=24", "stages.0.block_size=100"),
-            ("block_size 100 exceeds the 64 patches of 4 frames of 96 px",),
+            (
+                "model.video.image_size=96",
+                "model.video.patch_size=24",
+                "stages.0.name=first",
+                "stages.0.num_frames=4",
+                "stages.0.block_size=100",
+            ),
+            ("stage first: block_size 100 exceeds the 64 patches of 4 frames of 96 px",),
+        ),
+        (
+            ("stages.0.num_steps=9", "stages.0.warmup_steps=10"),
+            ("stages.0: warmup_steps 10 do not fit into num_steps 9",),
+        ),
+        (
+            ("loader.text_length=40", "model.text.max_length=32"),
+            ("loader.text_length is 40, model.text.max_length has positions for 32",),
+        ),
+        (
+            ("cluster.num_cpus=3", "cluster.num_workers=2", "cluster.cpus_per_worker=2"),
+            ("cluster.num_cpus is 3", "num_workers x cpus_per_worker is 4"),
         ),
         (
             ("stages.0.num_steps=9", "stages.0.num_epochs=2"),
