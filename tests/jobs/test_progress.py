@@ -33,20 +33,32 @@ def test_there_is_at_most_one_line_per_interval() -> None:
 def test_a_line_holds_name_count_note_and_the_time_left() -> None:
     plain = Plain(interval_s=10)
     with plain.report.task("decoding", 100) as task:
+        task.set(0)
         plain.now_s = 20.0
         task.set(25, "2 rejected")
     # 25 took 20 s, so the other 75 take 60 s
     assert plain.lines() == ["decoding: 25/100 2 rejected eta 60 s"]
 
 
-def test_without_a_note_there_is_no_gap_and_without_progress_no_guess() -> None:
+def test_the_time_left_leaves_out_what_it_took_to_start() -> None:
     plain = Plain(interval_s=10)
-    with plain.report.task("decoding", 4) as task:
-        plain.now_s = 10.0
-        task.set(0)
-        plain.now_s = 20.0
-        task.set(1)
-    assert plain.lines() == ["decoding: 0/4 eta ?", "decoding: 1/4 eta 60 s"]
+    with plain.report.task("training", 100) as task:
+        plain.now_s = 50.0
+        task.set(10)  # the first count, possibly of an earlier attempt
+        plain.now_s = 60.0
+        task.set(30)  # 20 in 10 s, so the other 70 take 35 s
+    assert plain.lines() == ["training: 10/100 eta ?", "training: 30/100 eta 35 s"]
+
+
+def test_the_time_left_is_judged_anew_when_work_is_repeated() -> None:
+    plain = Plain(interval_s=10)
+    with plain.report.task("training", 20) as task:
+        task.set(13)
+        plain.now_s = 50.0
+        task.set(10)
+        plain.now_s = 60.0
+        task.set(15)  # 5 in 10 s
+    assert plain.lines() == ["training: 10/20 eta ?", "training: 15/20 eta 10 s"]
 
 
 def test_a_task_shorter_than_an_interval_prints_nothing() -> None:
