@@ -72,6 +72,7 @@ def test_every_fault_of_a_recipe_is_listed_at_once() -> None:
         (
             # 4 frames (stage 1) of (96 / 24)^2 = 16 patches are 64 tokens
             (
+                "loader.image_size=96",
                 "model.video.image_size=96",
                 "model.video.patch_size=24",
                 "stages.0.name=first",
