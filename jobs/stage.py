@@ -2,10 +2,10 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from infra.ray_cluster import open_cluster
 from infra.ray_train import run_workers
-from jobs.pretrain import train_worker
 from jobs.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def run_stage(run_dir: Path, number: int, attempt: int, address: str | None) -> 
     cluster = recipe.cluster
     with open_cluster(address, cluster.num_cpus):
         run_workers(
-            train_worker,
+            _train,
             {"run_dir": str(run.path), "stage": number, "attempt": attempt, "use_gpu": cluster.use_gpu},
             num_workers=cluster.num_workers,
             # The attempt is part of the name, so that Ray Train never takes up bookkeeping of an earlier one:
@@ -34,3 +34,10 @@ def run_stage(run_dir: Path, number: int, attempt: int, address: str | None) -> 
             cpus_per_worker=cluster.cpus_per_worker,
         )
     return 3 if run.stop_file.exists() else 0
+
+
+def _train(config: dict[str, Any]) -> None:
+    """Imported by name in the job, by Ray Train's controlling actor and in the workers; only these need torch."""
+    from jobs.pretrain import train_worker
+
+    train_worker(config)
