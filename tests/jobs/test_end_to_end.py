@@ -31,7 +31,7 @@ from pipeline.questions import read_questions
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-FIRST_STEPS, SECOND_STEPS, SAVE_EVERY = 8, 100, 10
+FIRST_STEPS, SECOND_STEPS, SAVE_EVERY = 8, 60, 6
 OVERRIDES = (
     "world.num_train_videos=2",
     "world.num_heldout_videos=1",
