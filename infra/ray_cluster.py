@@ -156,11 +156,13 @@ def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
     short = (
         tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
     )  # sockets allow 107 characters
-    temp_dir = Path(short) / f"svitt-ray-{os.getuid()}"
-    temp_dir.mkdir(mode=0o700, exist_ok=True)
-    _remove_old_sessions(temp_dir)
+    # A folder for each cluster: Ray notes the "current" cluster in it, and jobs look there for the one they are in.
+    all_clusters = Path(short) / f"svitt-ray-{os.getuid()}"
+    all_clusters.mkdir(mode=0o700, exist_ok=True)
+    _remove_old_clusters(all_clusters)
+    temp_dir = all_clusters / str(os.getpid())
     mark = secrets.token_hex(8)
-    with _reaper(mark, rf"{re.escape(str(temp_dir))}/session_[^/]*_{os.getpid()}/"):
+    with _reaper(mark, rf"{re.escape(str(temp_dir))}/"):
         yield from _started_cluster(num_cpus, temp_dir, mark)
 
 
@@ -248,10 +250,8 @@ def _protect_token() -> None:
             path.chmod(0o600)
 
 
-def _remove_old_sessions(temp_dir: Path, keep: int = 3) -> None:
-    """Delete logs of earlier local clusters except the newest few; session_<date>_<pid> names the owner."""
-    sessions = sorted(p for p in temp_dir.glob("session_*_*") if p.is_dir() and not p.is_symlink())
-    for session in sessions[:-keep]:
-        owner = session.name.rpartition("_")[2]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(session, ignore_errors=True)
+def _remove_old_clusters(all_clusters: Path, keep: int = 3) -> None:
+    """Delete what earlier local clusters left (logs), except the newest few; a folder is named by its owner's pid."""
+    ended = [p for p in all_clusters.iterdir() if not (p.name.isdigit() and psutil.pid_exists(int(p.name)))]
+    for folder in sorted(ended, key=lambda path: path.stat().st_mtime)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
