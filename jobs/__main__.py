@@ -1,7 +1,6 @@
 """The command line: `svitt VERB ...`, also `python -m jobs VERB ...`.
 
-Verbs import what they need when they run, so that `svitt --help` answers at once; nothing else in this project
-imports late.
+Verbs import what they need when they run, so that `svitt --help` answers at once.
 """
 
 import logging
@@ -82,10 +81,11 @@ def submit(
     address: Address = None,
 ) -> int:
     """Train the stages of a recipe as chained Ray jobs. Submitting twice continues, it does not train twice."""
-    from jobs.submit import open_run
+    from jobs.submit import open_run, require_shards
     from jobs.submit import submit as run
 
     resolved = _resolve(recipe, workspace, set_)
+    require_shards(resolved)
     return run(open_run(resolved, _run_dir(resolved, run_dir)), address, _report())
 
 

@@ -11,6 +11,7 @@ from jobs.follow import follow_run
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
+from pipeline.manifest import read_manifest
 
 
 def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
@@ -35,6 +36,12 @@ def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
             ],
         )
     return run
+
+
+def require_shards(recipe: Recipe) -> None:
+    """Raises ShardError when the recipe's data is not prepared yet: before a run directory is made for it."""
+    for name in ("train", "egomcq") if recipe.data.egomcq else ("train",):
+        read_manifest(Path(recipe.data.shards) / name)
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
