@@ -252,6 +252,11 @@ def _protect_token() -> None:
 
 def _remove_old_clusters(all_clusters: Path, keep: int = 3) -> None:
     """Delete what earlier local clusters left (logs), except the newest few; a folder is named by its owner's pid."""
-    ended = [p for p in all_clusters.iterdir() if not (p.name.isdigit() and psutil.pid_exists(int(p.name)))]
-    for folder in sorted(ended, key=lambda path: path.stat().st_mtime)[:-keep]:
+    ended: list[tuple[float, Path]] = []
+    for path in all_clusters.iterdir():
+        if path.is_symlink() or (path.name.isdigit() and psutil.pid_exists(int(path.name))):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another command may be tidying up at the same time
+            ended.append((path.stat().st_mtime, path))
+    for _, folder in sorted(ended)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -47,6 +47,11 @@ class JobState:
         return self.status == JobStatus.SUCCEEDED
 
     @property
+    def was_killed(self) -> bool:
+        """Whether it ended by a signal, or with its process lost, and not by its own decision."""
+        return self.is_finished and not self.is_succeeded and (self.exit_code is None or self.exit_code < 0)
+
+    @property
     def shell_code(self) -> int:
         """What a command that followed the job ends with: 0 only if it succeeded, 1 if it left no code."""
         return 0 if self.is_succeeded else self.exit_code or 1

@@ -33,7 +33,8 @@ def follow_run(
             job = _follow_stage(jobs, job_id, run, ledger, number, task, sleep)
         state = ledger.read().stage(number)
         if state.status != "done":
-            _explain(job, run, number, state, report)
+            if not job.was_killed:
+                _explain(job, run, number, state, report)
             return job.shell_code or 1
         report.say(f"{title}: done. {describe_scores(state.facts.get('scores', {}))}")
     return jobs.wait(job_id, POLL_S).shell_code

@@ -13,6 +13,9 @@ from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
 from pipeline.manifest import read_manifest
 
+# Controllers started by one command when they are killed one after the other.
+MAX_CONTROLLERS = 4
+
 
 def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
     """The run directory of a resolved recipe, created at the first submission.
@@ -80,7 +83,14 @@ def drive(cluster: Cluster, run: RunDir, report: ProgressReport, is_detached: bo
     if is_detached:
         report.say(f"submitted as job {job_id}; follow with: svitt status {run.path}")
         return 0
-    return follow_run(cluster.jobs, job_id, run, report)
+    code = 1
+    for _ in range(MAX_CONTROLLERS):
+        code = follow_run(cluster.jobs, job_id, run, report)
+        if not cluster.jobs.status(job_id).was_killed:
+            break
+        report.say(f"the controller job {job_id} was killed; the next one takes the run up from its ledger")
+        job_id = start_controller(cluster, run)
+    return code
 
 
 def start_controller(cluster: Cluster, run: RunDir) -> str:

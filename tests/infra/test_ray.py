@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray_cases as cases
 
-from infra.ray_cluster import Cluster, TaskError, open_cluster
+from infra.ray_cluster import Cluster, TaskError, _remove_old_clusters, open_cluster
 from infra.ray_jobs import ClusterError, Jobs
 from infra.reaper import MARK_NAME, marked_processes, reap
 
@@ -30,6 +30,18 @@ def cluster() -> Iterator[Cluster]:
             yield opened
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def test_of_ended_clusters_only_the_newest_folders_are_kept_and_a_dangling_link_is_no_obstacle(
+    tmp_path: Path,
+) -> None:
+    for age_s, name in enumerate(("999999991", "999999992", "session_old", "999999993", str(os.getpid()))):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9 - age_s, 1e9 - age_s))
+    (tmp_path / "session_latest").symlink_to(tmp_path / "gone")
+    _remove_old_clusters(tmp_path, keep=2)
+    kept = {"999999991", "999999992", str(os.getpid()), "session_latest"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_tasks_come_back_with_their_index_and_survive_a_death(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Who submits what and when: stages by the controller, the controller by `submit`."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +9,18 @@ from typing import cast
 
 import pytest
 from fake_jobs import FakeJobs, state
+from rich.console import Console
+from small_runs import small_run
 
 from infra.config_io import ConfigError
 from infra.ledger import Ledger
 from infra.ray_cluster import Cluster
 from infra.ray_jobs import Jobs, JobState
 from jobs.controller import Outcome, run_stage_jobs
+from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, resolve_paths
 from jobs.run_dir import RunDir
-from jobs.submit import drive, open_run, start_controller
+from jobs.submit import controller_id, drive, open_run, start_controller
 
 
 @pytest.fixture
@@ -261,3 +265,24 @@ def test_a_recipe_without_stages_is_no_run(recipe: Recipe, tmp_path: Path) -> No
 def test_a_folder_without_a_recipe_is_no_run_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"recipe\.yaml is missing"):
         RunDir(tmp_path).recipe()
+
+
+def test_a_killed_controller_is_replaced_while_the_command_follows(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    ledger = Ledger(run.ledger_file)
+    table = FakeJobs()
+
+    def look(job_id: str) -> JobState | None:
+        if job_id.endswith("-c1"):
+            return state(job_id, "FAILED", exit_code=-9)
+        for number in range(1, len(run.recipe().stages) + 1):
+            ledger.record_stage(number, "done")
+        return state(job_id, "SUCCEEDED", exit_code=0)
+
+    table.on_look = look
+    cluster = cast(Cluster, SimpleNamespace(jobs=table, is_owned=True))
+    said = io.StringIO()
+    code = drive(cluster, run, ProgressReport(Console(file=said)))
+    assert code == 0
+    assert table.submitted == [controller_id(run, 1), controller_id(run, 2)]
+    assert "was killed" in said.getvalue()
