@@ -35,11 +35,11 @@ $(VENV)/bin/python:
 # A stamp file per set of packages: newer than what it was made from means nothing is to be done.
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing the pinned packages into $(VENV) (about 3 GB, once) ..."
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(DALI)]'
+	$(PIP) install -qq --constraint constraints.txt --editable '.[$(DALI)]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(DALI),dev]'
+	$(PIP) install -qq --constraint constraints.txt --editable '.[$(DALI),dev]'
 	@touch $@
 
 clean:
