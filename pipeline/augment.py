@@ -16,22 +16,29 @@ FrameOrder = Literal["ordered", "shuffled", "reversed"]
 # Top, left, height, width in pixels of the stored frame.
 Window = tuple[int, int, int, int]
 
-_ASPECT_RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
 
 def draw_window(
-    seed: int, epoch: int, clip_id: str, height: int, width: int, crop_scale: tuple[float, float]
+    seed: int,
+    epoch: int,
+    clip_id: str,
+    height: int,
+    width: int,
+    crop_scale: tuple[float, float],
+    crop_aspect: tuple[float, float],
 ) -> Window:
-    """Random resized crop (Inception style): area share even in `crop_scale`, log-even aspect ratio 3:4 ..
-    4:3.
+    """Random resized crop: area share even in `crop_scale`, shape log-even in `crop_aspect` times the frame's.
 
-    The window holds for all frames of the clip. When no draw fits, the whole frame is used.
+    The shape is relative to the frame's, as evaluation squeezes the whole frame into the square: a crop of
+    absolute shape would show training another squeeze than evaluation. The window holds for all frames of the
+    clip. When no draw fits, the whole frame is used.
     """
     generator = keyed_generator(seed, "crop", epoch, clip_id)
     for _attempt in range(_ATTEMPTS):
         area = height * width * generator.uniform(*crop_scale)
-        aspect = math.exp(generator.uniform(math.log(_ASPECT_RATIO[0]), math.log(_ASPECT_RATIO[1])))
+        jitter = math.exp(generator.uniform(math.log(crop_aspect[0]), math.log(crop_aspect[1])))
+        aspect = jitter * width / height
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = int(generator.integers(0, height - crop_height + 1))

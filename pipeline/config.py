@@ -86,6 +86,9 @@ class LoaderConfig(BaseModel):
     crop_scale: tuple[float, float] = Field(
         default=(0.5, 1.0), description="share of the frame area a crop covers"
     )
+    crop_aspect: tuple[float, float] = Field(
+        default=(3 / 4, 4 / 3), description="width / height of a crop, relative to the frame's own"
+    )
     text_length: int = Field(default=32, ge=4, description="tokens per caption, [CLS] and padding included")
     prefetch_batches: int = Field(default=2, ge=1, description="batches decoded ahead of the training step")
     num_threads: int = Field(default=1, ge=1, description="decoding threads per rank")
@@ -101,4 +104,7 @@ class LoaderConfig(BaseModel):
         low, high = self.crop_scale
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"crop_scale is {self.crop_scale}; expected 0 < low <= high <= 1")
+        narrow, wide = self.crop_aspect
+        if not 0.0 < narrow <= wide:
+            raise ValueError(f"crop_aspect is {self.crop_aspect}; expected 0 < low <= high")
         return self

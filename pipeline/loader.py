@@ -214,7 +214,10 @@ class BatchLoader:
     def _view(self, row: int, epoch: int) -> ClipView:
         store, clip_id = self._store, self._store.clip_id(row)
         height, width = int(store.height[row]), int(store.width[row])
-        window = draw_window(self._seed, epoch, clip_id, height, width, self._config.crop_scale)
+        config = self._config
+        window = draw_window(
+            self._seed, epoch, clip_id, height, width, config.crop_scale, config.crop_aspect
+        )
         frames = draw_frames(self._seed, epoch, clip_id, store.num_frames, self._num_frames)
         return ClipView(row, frames, window)
 

@@ -7,7 +7,7 @@ from pipeline.errors import DataError
 
 def test_draws_depend_on_seed_epoch_and_clip_and_on_nothing_else():
     def draw(seed=1, epoch=2, clip_id="c"):
-        return draw_window(seed, epoch, clip_id, 240, 320, (0.5, 1.0)), draw_frames(
+        return draw_window(seed, epoch, clip_id, 240, 320, (0.5, 1.0), (0.75, 4 / 3)), draw_frames(
             seed, epoch, clip_id, 160, 4
         ).tolist()
 
@@ -20,18 +20,20 @@ def test_draws_depend_on_seed_epoch_and_clip_and_on_nothing_else():
 def test_windows_lie_inside_the_frame_and_have_the_asked_share_of_it():
     shares = []
     for i in range(500):
-        top, left, height, width = draw_window(0, 0, str(i), 240, 320, (0.5, 1.0))
+        top, left, height, width = draw_window(0, 0, str(i), 240, 320, (0.5, 1.0), (0.75, 4 / 3))
         assert 0 <= top <= top + height <= 240
         assert 0 <= left <= left + width <= 320
-        assert 0.73 < width / height < 1.36
+        # Relative to the frame's own 4:3; a pixel of rounding allowed.
+        assert 0.73 < (width / height) / (4 / 3) < 1.36
         shares.append(height * width / (240 * 320))
     assert min(shares) > 0.49
     assert max(shares) > 0.85
 
 
 def test_a_window_that_cannot_fit_is_the_whole_frame():
-    # A square that covers all of a frame of 10 x 400 does not exist.
-    assert draw_window(0, 0, "c", 10, 400, (1.0, 1.0)) == (0, 0, 10, 400)
+    # A crop of all of the frame's area and half as wide again as the frame does not exist.
+    assert draw_window(0, 0, "c", 100, 400, (1.0, 1.0), (1.5, 1.5)) == (0, 0, 100, 400)
+    assert draw_window(0, 0, "c", 100, 400, (1.0, 1.0), (1.0, 1.0)) == (0, 0, 100, 400)
 
 
 def test_one_frame_comes_from_each_segment_and_all_are_met():
