@@ -61,14 +61,16 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class _ShardSet:
-    """One set under way: where it goes, its receipts in order, and rows of the annotations that were no
-    clips.
-    """
+    """One set under way: where it goes, its receipts in order, and what reading its annotations said."""
 
     name: str
     out_dir: Path
     receipts: list[ShardReceipt]
-    num_lost_rows: int = 0
+    read_report: ReadReport
+
+    @property
+    def num_lost_rows(self) -> int:
+        return sum(self.read_report.counts.get(reason, 0) for reason in LOST_ROW_REASONS)
 
     @property
     def num_rejected(self) -> int:
@@ -104,16 +106,17 @@ def run_prepare(
     found_taxonomy = read_taxonomy(Path(taxonomy)) if taxonomy is not None else None
     num_tags = _num_tags([*records, *choices], found_taxonomy)
 
-    def build(name: str, clips: Sequence[ClipRecord], num_lost_rows: int = 0) -> _ShardSet:
+    def build(name: str, clips: Sequence[ClipRecord], read_report: ReadReport) -> _ShardSet:
         receipts = _build_shards(name, clips, str(videos_dir), out_dir / name, config, mapper, progress)
         write_rejected(out_dir / name, receipts)
-        return _ShardSet(name, out_dir / name, receipts, num_lost_rows)
+        return _ShardSet(name, out_dir / name, receipts, read_report)
 
     def publish(built: _ShardSet, files: dict[str, bytes], source: dict[str, Any]) -> Manifest:
         return _publish(built, files, shard_settings(config), found_taxonomy, num_tags, source)
 
-    train = build(TRAIN, records, sum(read_report.counts.get(reason, 0) for reason in LOST_ROW_REASONS))
-    mcq = build(EGOMCQ, choices) if questions else None
+    train = build(TRAIN, records, read_report)
+    # The reader of questions refuses a file with an unusable entry: it has no such rows to report.
+    mcq = build(EGOMCQ, choices, ReadReport()) if questions else None
     _hold_to_budget([train] if mcq is None else [train, mcq], config.max_rejected_share)
     vocabulary = build_vocabulary(clip.caption for receipt in train.receipts for clip in receipt.clips)
     vocabulary_bytes = "".join(f"{token}\n" for token in vocabulary).encode()
@@ -216,17 +219,9 @@ def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> Non
         share = lost / max(1, num_clips + lost)
         if num_clips and share <= max_rejected_share:
             continue
-        rejected = [clip for receipt in built.receipts for clip in receipt.rejected]
-        counts = Counter(clip.reason.value for clip in rejected)
-        reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        examples = "".join(
-            f"\n    {clip.clip_id}: {clip.reason.value}: {clip.detail}" for clip in rejected[:NUM_EXAMPLES]
-        )
         faults.append(
             f"{built.name}: {lost} of {num_clips + lost} clips lost "
-            f"({share:.1%}, allowed {max_rejected_share:.1%}): {reasons or 'no rejected clip'}; "
-            f"{built.num_lost_rows} unusable rows. "
-            f"All are listed in {built.out_dir / REJECTED_FILE}; the first:{examples}"
+            f"({share:.1%}, allowed {max_rejected_share:.1%}): {_describe_losses(built)}"
         )
     if faults:
         raise TooManyRejectedError(
@@ -234,6 +229,27 @@ def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> Non
             + "\nRepair or add the videos and run prepare again (finished shards are kept), or "
             "raise prepare.max_rejected_share."
         )
+
+
+def _describe_losses(built: _ShardSet) -> str:
+    """Counts by reason, then the rows with their line numbers, then one rejected clip of each video."""
+    rejected = [clip for receipt in built.receipts for clip in receipt.rejected]
+    counts = [(reason, count) for reason, count in Counter(c.reason.value for c in rejected).most_common()]
+    if built.num_lost_rows:
+        counts.append(("unusable rows", built.num_lost_rows))
+    lines = [", ".join(f"{reason} {count}" for reason, count in counts)]
+    if built.num_lost_rows:
+        lines.extend(built.read_report.lines())
+    if rejected:
+        lines.append(f"All rejected clips are listed in {built.out_dir / REJECTED_FILE}; one of each video:")
+    num_of_video = Counter(clip.video_uid for clip in rejected)
+    first_of_video = {clip.video_uid: clip for clip in reversed(rejected)}
+    for video_uid, count in num_of_video.most_common(NUM_EXAMPLES):
+        clip = first_of_video[video_uid]
+        lines.append(f"    {video_uid} ({count} clips): {clip.clip_id}: {clip.reason.value}: {clip.detail}")
+    if len(num_of_video) > NUM_EXAMPLES:
+        lines.append(f"    and {len(num_of_video) - NUM_EXAMPLES} more videos")
+    return "\n  ".join(lines)
 
 
 def _publish(

@@ -186,8 +186,11 @@ def test_too_many_losses_stop_with_the_list_and_lose_nothing(world, tmp_path):
     with pytest.raises(TooManyRejectedError) as caught:
         prepare(world, out_dir, egoclip_tsv=tsv)
     message = str(caught.value)
-    assert "train: 3 of 10 clips lost (30.0%, allowed 0.0%): missing_video 2; 1 unusable rows" in message
-    assert "gone.mp4" in message
+    assert "train: 3 of 10 clips lost (30.0%, allowed 0.0%): missing_video 2, unusable rows 1" in message
+    assert "line 11: 1 cells, expected 11" in message
+    assert f"listed in {out_dir / 'train' / 'rejected.jsonl'}; one of each video:" in message
+    assert message.count("gone.mp4") == 1
+    assert "gone (2 clips): gone_000001000_000002000_" in message
     assert len((out_dir / "train" / "rejected.jsonl").read_text().splitlines()) == 2
     assert not (out_dir / "train" / "manifest.json").exists()
     kept = (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns
@@ -195,6 +198,17 @@ def test_too_many_losses_stop_with_the_list_and_lose_nothing(world, tmp_path):
     assert (result.train.num_clips, result.train.num_rejected) == (7, 2)
     assert result.train.source["counts"] == {"bad_row": 1}
     assert (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns == kept
+
+
+def test_lost_rows_alone_are_named_by_line_and_not_looked_for_among_the_clips(world, tmp_path):
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, [row(0, "a", 0.0), row(1, "a", 1.0, text="")])
+    with pytest.raises(TooManyRejectedError) as caught:
+        prepare(world, tmp_path / "out", egoclip_tsv=tsv, egomcq_json=None)
+    message = str(caught.value)
+    assert "1 of 2 clips lost (50.0%, allowed 0.0%): unusable rows 1" in message
+    assert "line 3: clip_text is empty" in message
+    assert "rejected.jsonl" not in message
 
 
 def test_questions_with_an_unreadable_clip_are_counted_and_not_scored(world, tmp_path):
