@@ -170,14 +170,16 @@ def open_video(path: str | Path, video_uid: str) -> av.container.InputContainer:
 
 
 def _why_not_opened(path: Path, error: Exception) -> tuple[Reason, str]:
+    # The whole text of FFmpeg's errors repeats the path behind an opaque number.
+    what = error.strerror if isinstance(error, av.error.FFmpegError) else error
     with open(path, "rb") as file:
         head = file.read(16)
     is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
     is_matroska = head[:4] == b"\x1a\x45\xdf\xa3"
     if is_mp4 or is_matroska:
         kind = "mp4" if is_mp4 else "matroska"
-        return Reason.TRUNCATED_VIDEO, f"{path} begins as {kind} but its index cannot be read ({error})"
-    return Reason.NOT_A_VIDEO, f"{path} begins with {head[:8]!r}: neither mp4 nor matroska ({error})"
+        return Reason.TRUNCATED_VIDEO, f"{path} begins as {kind} but its index cannot be read: {what}"
+    return Reason.NOT_A_VIDEO, f"{path} begins with {head[:8]!r}: neither mp4 nor matroska: {what}"
 
 
 def _check_header(container: av.container.InputContainer, path: Path, video_uid: str) -> None:
