@@ -30,7 +30,7 @@ def describe_stage(recipe: Recipe, stage: StageConfig) -> str:
 
 
 def describe_scores(scores: Mapping[str, float]) -> str:
-    """EgoMCQ and the probe in one line; empty where nothing was scored."""
+    """EgoMCQ and the probe in one line."""
     parts = []
     for label, name in (("EgoMCQ inter", INTER), ("intra", INTRA)):
         if f"{name}_acc" in scores:
@@ -42,7 +42,7 @@ def describe_scores(scores: Mapping[str, float]) -> str:
         )
     if scores.get("eval/egomcq/num_unreadable"):
         parts.append(f"{scores['eval/egomcq/num_unreadable']:.0f} unreadable questions not scored")
-    return "; ".join(parts)
+    return "; ".join(parts) or "Not scored: the recipe has no questions (data.egomcq)"
 
 
 def interval(scores: Mapping[str, float], name: str) -> str:

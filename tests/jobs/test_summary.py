@@ -50,7 +50,7 @@ def test_scores_are_told_with_interval_and_number_of_questions() -> None:
 def test_what_was_not_scored_is_not_told() -> None:
     intra = {name: value for name, value in SCORES.items() if "intra" in name}
     assert describe_scores(intra) == "intra 48.0 [42.5, 53.6] (n 300)"
-    assert describe_scores({}) == ""
+    assert describe_scores({}) == "Not scored: the recipe has no questions (data.egomcq)"
     assert interval(SCORES, "eval/egomcq/intra_video") == "48.0 [42.5, 53.6]"
 
 
