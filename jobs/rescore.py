@@ -18,9 +18,11 @@ from jobs.summary import describe_scores
 def rescore(run: RunDir, stage: int | None, report: ProgressReport) -> int:
     """Prints the scores of stage `stage` (default: the newest with a checkpoint), in words and as one JSON line.
 
-    Raises ConfigError when there is no checkpoint to score or the recipe names no EgoMCQ file.
+    Raises ConfigError when there is no such stage, no checkpoint to score, or the recipe names no EgoMCQ file.
     """
     recipe = run.recipe()
+    if stage is not None:
+        run.stage(stage)
     numbers = [stage] if stage is not None else list(range(len(recipe.stages), 0, -1))
     found = {number: CheckpointStore(run.checkpoints(number), rank=1).newest_good() for number in numbers}
     number, checkpoint = next(((n, c) for n, c in found.items() if c is not None), (0, None))
