@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import psutil
 import ray
 from ray._private import parameter, ray_constants
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
+_CONNECT_S = 5.0
 # Read by the processes of an owned cluster only.
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: listen on loopback only
@@ -59,6 +62,11 @@ class Cluster:
         self.is_owned = is_owned
         self.is_connected = is_connected
         self._jobs: Jobs | None = None
+
+    @property
+    def address_inside(self) -> str:
+        """What a job of this cluster joins it with. "auto" is a guess where several clusters share a machine."""
+        return ray.get_runtime_context().gcs_address if self.is_connected else "auto"
 
     @property
     def jobs(self) -> Jobs:
@@ -113,8 +121,8 @@ def open_cluster(address: str | None = None, num_cpus: int | None = None) -> Ite
     """Open a cluster for the duration of a `with` block.
 
     `address` None starts a local Ray owned by this process (`num_cpus` CPUs, default all) and stops it at the
-    end; "auto" joins the cluster this process runs in (as a job does); http://host:8265 reaches the jobs of
-    one elsewhere. Call `runtime.prepare_process()` before. Raises ClusterError.
+    end; "auto" or host:port joins the cluster this process runs in (as a job does); http://host:8265 reaches
+    the jobs of one elsewhere. Call `runtime.prepare_process()` before. Raises ClusterError.
     """
     if address is None:
         with _local_cluster(num_cpus) as cluster:
@@ -132,16 +140,31 @@ def _joined_cluster(address: str) -> Iterator[Cluster]:
         yield Cluster(_dashboard_url(), is_owned=False, is_connected=True)
         return
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        found = _reachable(address)
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
         raise ClusterError(
-            f"joining the Ray cluster at {address!r} failed: {error}. Give http://host:8265, run this on "
-            "a node of the cluster, or leave the address out to start a local one."
+            f"joining the Ray cluster at {address!r} failed: {str(error).rstrip('.')}. Give http://host:8265, run "
+            "this on a node of the cluster, or leave the address out to start a local one."
         ) from error
     try:
         yield Cluster(_dashboard_url(), is_owned=False, is_connected=True)
     finally:
         ray.shutdown()
+
+
+def _reachable(address: str) -> str:
+    """host:port that `address` means to Ray, once something listens there: Ray itself tries for minutes, noisily.
+
+    Raises OSError or ValueError.
+    """
+    found = canonicalize_bootstrap_address_or_die(address)
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {found} ({error})") from error
+    return found
 
 
 @contextlib.contextmanager

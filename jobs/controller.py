@@ -35,7 +35,9 @@ def run_controller(run_dir: Path, address: str) -> int:
         outcome: Outcome = "done"
         for number in range(1, len(recipe.stages) + 1):
             tracking.follow_stage(number)
-            outcome = run_stage_jobs(cluster.jobs, run, ledger, number, recipe.cluster.max_failures + 1)
+            outcome = run_stage_jobs(
+                cluster.jobs, run, ledger, number, recipe.cluster.max_failures + 1, cluster.address_inside
+            )
             tracking.finish_stage(number, outcome)
             if outcome != "done":
                 break
@@ -50,6 +52,7 @@ def run_stage_jobs(
     ledger: Ledger,
     number: int,
     max_attempts: int,
+    address: str = "auto",
     say: Callable[..., None] = logger.info,
 ) -> Outcome:
     """Submits a stage until the ledger says it is done; attaches to a job of it that is still running.
@@ -74,7 +77,9 @@ def run_stage_jobs(
             job_id = f"{run.run_id}-s{number}-a{attempt}"
             # Recorded first: a controller that dies in between finds the id unknown to Ray and goes on to the next.
             ledger.record_attempt(number, job_id)
-            jobs.submit_once(job_id, stage_command(run, number, attempt), metadata={"run": run.run_id})
+            jobs.submit_once(
+                job_id, stage_command(run, number, attempt, address), metadata={"run": run.run_id}
+            )
             attempts_made += 1
             say("stage %d: job %s", number, job_id)
         result = jobs.wait(job_id)
@@ -93,7 +98,7 @@ def keep_job_log(jobs: Jobs, run: RunDir, number: int, job_id: str) -> None:
     path.write_text(text)
 
 
-def stage_command(run: RunDir, number: int, attempt: int) -> list[str]:
-    """What a stage job runs, inside the cluster."""
-    options = ["--stage", str(number), "--attempt", str(attempt), "--address", "auto"]
+def stage_command(run: RunDir, number: int, attempt: int, address: str) -> list[str]:
+    """What a stage job runs, inside the cluster at `address`."""
+    options = ["--stage", str(number), "--attempt", str(attempt), "--address", address]
     return [sys.executable, "-m", "jobs", "pretrain", str(run.path), *options]

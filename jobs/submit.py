@@ -103,7 +103,7 @@ def start_controller(cluster: Cluster, run: RunDir) -> str:
             return known.submission_id
     job_id = controller_id(run, number + 1)
     python = sys.executable if cluster.is_owned else "python"
-    command = [python, "-m", "jobs", "control", str(run.path), "--address", "auto"]
+    command = [python, "-m", "jobs", "control", str(run.path), "--address", cluster.address_inside]
     cluster.jobs.submit_once(job_id, command, metadata={"run": run.run_id})
     ledger.record_run(controllers=number + 1)
     return job_id

@@ -168,7 +168,7 @@ def test_a_log_that_cannot_be_had_does_not_stop_the_controller(run: RunDir, ledg
 
 
 def cluster_of(jobs: FakeJobs, is_owned: bool = True) -> Cluster:
-    return cast(Cluster, SimpleNamespace(jobs=jobs, is_owned=is_owned))
+    return cast(Cluster, SimpleNamespace(address_inside="auto", jobs=jobs, is_owned=is_owned))
 
 
 def test_the_first_controller_is_number_one_and_walks_the_run(run: RunDir, ledger: Ledger) -> None:
@@ -280,7 +280,7 @@ def test_a_killed_controller_is_replaced_while_the_command_follows(tmp_path: Pat
         return state(job_id, "SUCCEEDED", exit_code=0)
 
     table.on_look = look
-    cluster = cast(Cluster, SimpleNamespace(jobs=table, is_owned=True))
+    cluster = cast(Cluster, SimpleNamespace(address_inside="auto", jobs=table, is_owned=True))
     said = io.StringIO()
     code = drive(cluster, run, ProgressReport(Console(file=said)))
     assert code == 0
