@@ -68,8 +68,8 @@ class Jobs:
                 self._client = JobSubmissionClient(url)
             except (ConnectionError, RuntimeError, requests.RequestException) as error:
                 raise ClusterError(
-                    f"connecting to the Ray cluster at {url} failed: {_one_line(error)}. Check the address, "
-                    "that its dashboard is reachable from here, and that RAY_AUTH_TOKEN holds its token."
+                    f"connecting to the Ray cluster at {url} failed: {_one_line(error).rstrip('.')}. Check the "
+                    "address, that its dashboard is reachable from here, and that RAY_AUTH_TOKEN holds its token."
                 ) from error
 
     def submit_once(

@@ -1,5 +1,6 @@
 """A local cluster: tasks, jobs, training inside a job, and its end when its owner is killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import ray_cases as cases
 
-from infra.ray_cluster import Cluster, TaskError, _remove_old_clusters, open_cluster
+from infra.ray_cluster import Cluster, TaskError, _reachable, _remove_old_clusters, open_cluster
 from infra.ray_jobs import ClusterError, Jobs
 from infra.reaper import MARK_NAME, marked_processes, reap
 
@@ -104,6 +105,12 @@ def test_a_job_address_that_does_not_answer_is_a_typed_error() -> None:
         Jobs("http://127.0.0.1:1")
 
 
+def test_an_address_that_nothing_listens_at_is_said_at_once() -> None:
+    # Ray's own attempt to join takes minutes.
+    with pytest.raises(ConnectionError, match=r"nothing answers at .*:1 \(.*refused"):
+        _reachable("127.0.0.1:1")
+
+
 def test_only_marked_processes_are_ended() -> None:
     marked = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK_NAME: "abc"})
     other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK_NAME: "abcd"})
@@ -130,10 +137,11 @@ def test_the_owner_is_spared(tmp_path: Path) -> None:
 
 
 def listening_beyond_loopback(pid: int) -> list[str]:
-    processes = psutil.Process(pid).children(recursive=True)
-    sockets = [
-        (p.name(), c.laddr) for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"
-    ]
+    sockets = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            connections = process.net_connections("tcp")
+            sockets += [(process.name(), c.laddr) for c in connections if c.status == "LISTEN"]
     loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     return [f"{name} {address.ip}:{address.port}" for name, address in sockets if address.ip not in loopback]
 
