@@ -226,7 +226,7 @@ def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> Non
     if faults:
         raise TooManyRejectedError(
             "\n".join(faults)
-            + "\nRepair or add the videos and run prepare again (finished shards are kept), or "
+            + "\nMend these rows and videos and run prepare again (finished shards are kept), or "
             "raise prepare.max_rejected_share."
         )
 

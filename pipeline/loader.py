@@ -215,9 +215,7 @@ class BatchLoader:
         store, clip_id = self._store, self._store.clip_id(row)
         height, width = int(store.height[row]), int(store.width[row])
         config = self._config
-        window = draw_window(
-            self._seed, epoch, clip_id, height, width, config.crop_scale, config.crop_aspect
-        )
+        window = draw_window(self._seed, epoch, clip_id, height, width, config.crop_scale, config.crop_aspect)
         frames = draw_frames(self._seed, epoch, clip_id, store.num_frames, self._num_frames)
         return ClipView(row, frames, window)
 
