@@ -84,12 +84,27 @@ def train_worker(config: dict[str, Any]) -> None:
     tracker = (
         Journal(context.run.journal(context.number), first_step) if context.is_first_rank else NullTracker()
     )
+    tracker.params(stage_params(context))
     try:
         if train(context, engine, first_step, checkpoints, tracker):
             del engine
             evaluate_stage(context, checkpoints, tracker)
     finally:
         tracker.close()
+
+
+def stage_params(context: StageContext) -> dict[str, Any]:
+    """What tells this stage from others, for the tracker: its settings, its ranks, the size of its model."""
+    model = context.model_config()
+    return {
+        **context.stage.model_dump(mode="json", exclude_none=True),
+        "seed": context.recipe.seed,
+        "world_size": context.ranks.world_size,
+        "zero_stage": context.recipe.engine.zero_stage,
+        "num_parameters": model.num_parameters(),
+        "tokens_in": model.video.tokens_by_layer()[0],
+        "tokens_out": model.video.tokens_by_layer()[-1],
+    }
 
 
 def build_context(config: dict[str, Any]) -> StageContext:
