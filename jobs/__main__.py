@@ -91,8 +91,10 @@ def submit(
 
 def resume(run_dir: RunArg, address: Address = None) -> int:
     """Continue a run from its last committed checkpoint, with the recipe it was started with."""
+    from jobs.submit import require_shards
     from jobs.submit import submit as run
 
+    require_shards(_open(run_dir).recipe())
     return run(_open(run_dir), address, _report())
 
 

@@ -11,7 +11,7 @@ from jobs.follow import follow_run
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, require_whole
 
 # Controllers started by one command when they are killed one after the other.
 MAX_CONTROLLERS = 4
@@ -42,9 +42,10 @@ def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
 
 
 def require_shards(recipe: Recipe) -> None:
-    """Raises ShardError when the recipe's data is not prepared yet: before a run directory is made for it."""
+    """Raises ShardError when the recipe's data is not prepared, or not whole, before anything is started for it."""
     for name in ("train", "egomcq") if recipe.data.egomcq else ("train",):
-        read_manifest(Path(recipe.data.shards) / name)
+        shards_dir = Path(recipe.data.shards) / name
+        require_whole(shards_dir, read_manifest(shards_dir), is_full=False)
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:

@@ -29,6 +29,7 @@ MANIFEST_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.parquet"
 REJECTED_FILE = "rejected.jsonl"
+MAX_FAULTS = 10
 _SHARD_FILE = re.compile(r"(shard-\d{5,})\.(tar|json)")
 
 INDEX_SCHEMA = pa.schema(
@@ -217,3 +218,14 @@ def verify_set(shards_dir: str | Path, manifest: Manifest, is_full: bool = True)
         elif sha256_of_file(path) != sha256:
             faults.append(f"{name}: its SHA-256 differs from the manifest")
     return faults
+
+
+def require_whole(shards_dir: str | Path, manifest: Manifest, is_full: bool = True) -> None:
+    """Raises ShardError, naming the files, when the set on disk differs from its manifest; see `verify_set`."""
+    faults = verify_set(shards_dir, manifest, is_full)
+    if faults:
+        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise ShardError(
+            f"checked {shards_dir}: {'; '.join(faults[:MAX_FAULTS])}{more}. The manifest says otherwise: run "
+            "prepare again, which rebuilds what is missing or damaged"
+        )

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, UInt8
 
 from pipeline.errors import ClipError, Reason, ShardError
-from pipeline.manifest import INDEX_FILE, INDEX_SCHEMA, Manifest, read_manifest, verify_set
+from pipeline.manifest import INDEX_FILE, INDEX_SCHEMA, Manifest, read_manifest, require_whole
 from pipeline.order import SceneIndex, build_scene_index
 from pipeline.shards import shard_paths
 
@@ -36,9 +36,7 @@ class ClipStore:
     def __init__(self, shards_dir: str | Path) -> None:
         self.shards_dir = Path(shards_dir)
         self.manifest: Manifest = read_manifest(self.shards_dir)
-        faults = verify_set(self.shards_dir, self.manifest, is_full=False)
-        if faults:
-            raise ShardError(_describe(self.shards_dir, faults))
+        require_whole(self.shards_dir, self.manifest, is_full=False)
         table = _read_index(self.shards_dir, self.manifest)
         num_frames = self.manifest.num_frames
         self.num_frames = num_frames
@@ -127,9 +125,7 @@ class ClipStore:
 
     def verify(self) -> None:
         """Compare every byte with the checksums. Raises ShardError listing the files that differ."""
-        faults = verify_set(self.shards_dir, self.manifest, is_full=True)
-        if faults:
-            raise ShardError(_describe(self.shards_dir, faults))
+        require_whole(self.shards_dir, self.manifest, is_full=True)
 
     def close(self) -> None:
         """Close all shard files; they are opened again when needed."""
@@ -147,13 +143,6 @@ class ClipStore:
         path, _receipt = shard_paths(self.shards_dir, self.manifest.shards[shard].name)
         self._files[shard] = os.open(path, os.O_RDONLY)
         return self._files[shard]
-
-
-def _describe(shards_dir: Path, faults: list[str]) -> str:
-    listed = "".join(f"\n    {fault}" for fault in faults[:10])
-    return (
-        f"{len(faults)} files in {shards_dir} differ from the manifest; run prepare again to rebuild:{listed}"
-    )
 
 
 def _read_index(shards_dir: Path, manifest: Manifest) -> pa.Table:

@@ -9,9 +9,11 @@ from video_files import write_video
 
 from jobs.prepare import run_prepare, serial_mapper
 from jobs.progress import ProgressReport
+from jobs.recipe import load_recipe
+from jobs.submit import require_shards
 from pipeline.config import PrepareConfig
 from pipeline.egoclip import EgoClipRow, write_egoclip
-from pipeline.errors import DataError, TooManyRejectedError
+from pipeline.errors import DataError, ShardError, TooManyRejectedError
 from pipeline.manifest import read_manifest
 from pipeline.questions import read_questions
 from pipeline.store import ClipStore
@@ -225,6 +227,15 @@ def test_questions_with_an_unreadable_clip_are_counted_and_not_scored(world, tmp
     question_set = read_questions(tmp_path / "out" / "egomcq")
     assert question_set.unreadable == (1,)
     assert [q.question_id for q in question_set.questions] == [0, 2]
+
+
+def test_a_run_is_refused_before_it_starts_when_a_shard_is_gone(world, tmp_path):
+    prepare(world, tmp_path)
+    recipe = load_recipe("demo", ("data.shards=" + str(tmp_path),))
+    require_shards(recipe)
+    (tmp_path / "train" / "shard-00001.tar").unlink()
+    with pytest.raises(ShardError, match=r"train: shard-00001\.tar: missing\. .*run prepare again"):
+        require_shards(recipe)
 
 
 def test_without_a_taxonomy_the_tags_still_have_a_width_and_there_is_no_probe(world, tmp_path):
