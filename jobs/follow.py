@@ -80,9 +80,14 @@ def _explain(job: JobState, run: RunDir, number: int, state: StageState, report:
             f"stage {number}: stopped at step {state.facts.get('step', 0)}; go on with: svitt resume {run.path}"
         )
         return
-    logs = sorted((run.stage_dir(number) / "logs").glob("*.log"))
-    report.say(f"stage {number}: {state.status} after {state.attempts} attempts ({job.message})")
-    for path in logs[-2:]:
+    # Ray appends the controller's log, which says less than the stage's own.
+    message = job.message.partition(", last available logs")[0]
+    report.say(f"stage {number}: {state.status} after {state.attempts} attempts ({message})")
+    # The newest: what the stage's last job said when it ended, or a rank where it did not come to that.
+    logs = [path for path in (run.stage_dir(number) / "logs").glob("*.log") if path.stat().st_size]
+    if logs:
+        path = max(logs, key=lambda path: (path.stat().st_mtime_ns, path.name))
         report.say(f"  the last lines of {path}:")
-        report.say("".join(f"    {line}\n" for line in path.read_text().splitlines()[-5:]))
+        for line in path.read_text(errors="replace").splitlines()[-5:]:
+            report.say(f"    {line}")
     report.say(f"  more with: svitt logs {run.path}; after a repair go on with: svitt resume {run.path}")

@@ -108,12 +108,16 @@ def test_a_failed_run_shows_the_end_of_the_logs_and_what_to_do(run: RunDir, repo
     log = run.stage_dir(1) / "logs" / "attempt-1-rank-0.log"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {number}\n" for number in range(9)))
-    jobs = FakeJobs({JOB: state(JOB, "FAILED", 1, "exit code 1")})
+    (log.parent / "attempt-1-rank-1.log").touch()
+    message = "exit code 1, last available logs (truncated to 20,000 chars):\nnoise"
+    jobs = FakeJobs({JOB: state(JOB, "FAILED", 1, message)})
     assert follow(run, jobs, report, Script()) == 1
     said = "\n".join(lines())
     assert "stage 1: failed after 1 attempts (exit code 1)" in said
     assert "line 8" in said
     assert "line 3" not in said
+    assert "noise" not in said
+    assert "rank-1" not in said
     assert f"svitt resume {run.path}" in said
 
 
