@@ -54,13 +54,13 @@ def raise_on_rank_one(config: dict[str, Any]) -> None:
         raise ValueError("clip 17 has no frames")
 
 
-def train_in_job(folder: str) -> None:
+def train_in_job(folder: str, address: str) -> None:
     """Driver of a submitted job: joins the cluster, runs two workers, then a failing pair."""
     from infra.ray_cluster import open_cluster
     from infra.ray_train import TrainingError, run_workers
 
     storage = Path(folder) / "ray"
-    with open_cluster("auto"):
+    with open_cluster(address):
         run_workers(
             sum_ranks, {"folder": folder}, num_workers=2, name="sum", storage_path=storage, max_failures=1
         )
@@ -91,4 +91,4 @@ def sleep_long(item: int) -> int:
 
 if __name__ == "__main__":
     prepare_process()
-    {"train": lambda: train_in_job(sys.argv[2]), "own": own_a_cluster}[sys.argv[1]]()
+    {"train": lambda: train_in_job(*sys.argv[2:]), "own": own_a_cluster}[sys.argv[1]]()

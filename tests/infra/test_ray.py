@@ -87,7 +87,9 @@ def test_two_workers_train_inside_a_job_and_are_restarted_after_a_death(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     script = str(Path(HERE) / "ray_cases.py")
-    cluster.jobs.submit_once("train", [sys.executable, script, "train", str(tmp_path)])
+    cluster.jobs.submit_once(
+        "train", [sys.executable, script, "train", str(tmp_path), cluster.address_inside]
+    )
     state = cluster.jobs.wait("train", poll_s=0.2, timeout_s=180)
     assert state.is_succeeded, cluster.jobs.logs("train")
     assert (tmp_path / "died").exists()
