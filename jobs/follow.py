@@ -49,10 +49,13 @@ def _follow_stage(
     task: ProgressTask,
     sleep: Callable[[float], None],
 ) -> JobState:
+    # What stands there from before an interruption is not progress: the stage goes on from its checkpoint.
+    before = latest(run, number, "train/loss") if ledger.read().stage(number).status == "running" else None
     while True:
         job = jobs.status(job_id)
         state = ledger.read().stage(number)
-        if step := latest(run, number, "train/loss"):
+        step = latest(run, number, "train/loss")
+        if step is not None and step != before:
             task.set(step.step, _note(step, state))
         if state.status == "done" or job.is_finished:
             return job
