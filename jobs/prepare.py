@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from jobs.progress import ProgressReport
+from pipeline.atomic import write_atomically
 from pipeline.config import PrepareConfig
 from pipeline.egoclip import ClipRecord, ReadReport, read_egoclip
 from pipeline.egomcq import read_egomcq
@@ -26,7 +27,7 @@ from pipeline.manifest import (
 from pipeline.narrations import Taxonomy, read_taxonomy
 from pipeline.prepare import ShardPlan, build_shard, find_video, plan_shards, shard_settings
 from pipeline.questions import QUESTIONS_FILE, build_question_set, questions_to_bytes
-from pipeline.shards import ShardReceipt, read_receipt, sha256_of_file, shard_paths, write_atomically
+from pipeline.shards import ShardReceipt, read_receipt, sha256_of_file, shard_paths
 from pipeline.text import build_vocabulary
 from pipeline.video import VideoTimeline
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.atomic import write_atomically
 from pipeline.errors import ShardError
 from pipeline.shards import (
     ShardReceipt,
     sha256_of_file,
     shard_paths,
     to_json_bytes,
-    write_atomically,
 )
 
 MANIFEST_FORMAT = 1

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.atomic import write_atomically
 from pipeline.egoclip import ClipRecord
 from pipeline.errors import Reason, ShardError
 
@@ -233,22 +234,3 @@ def sha256_of_file(path: str | Path) -> str:
 def to_json_bytes(value: Any) -> bytes:
     """Compact JSON with sorted keys and a final newline: equal values give equal bytes."""
     return (json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write beside the target, sync, rename, sync the folder: readers see the old file or the new one."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -4,9 +4,10 @@ import tarfile
 
 import pytest
 
+from pipeline.atomic import write_atomically
 from pipeline.egoclip import make_record
 from pipeline.errors import Reason, ShardError
-from pipeline.shards import RejectedClip, ShardWriter, find_intact, read_receipt, write_atomically
+from pipeline.shards import RejectedClip, ShardWriter, find_intact, read_receipt
 
 RECORD = make_record("vid-1", 1.0, 2.5, 1.7, "#C C picks up a cup", (3,), (1, 2))
 
