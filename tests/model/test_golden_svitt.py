@@ -48,9 +48,9 @@ def test_encoder_with_quirks_equals_the_published_code(golden: GoldenSet, name: 
 @pytest.mark.parametrize("backend", [backend for backend in get_args(Backend) if backend != "auto"])
 @pytest.mark.parametrize(("golden", "name"), _cases("encoder", "free"))
 def test_corrected_encoder_equals_the_published_code_where_no_quirk_acts(
-    golden: GoldenSet, name: str, backend: str
+    golden: GoldenSet, name: str, backend: Backend
 ) -> None:
-    golden_cases.check_encoder(golden, name, quirks=False, video={"attention_backend": backend})
+    golden_cases.check_encoder(golden, name, quirks=False, backend=backend)
 
 
 @pytest.mark.parametrize(("golden", "name"), _cases("encoder", "quirky"))
