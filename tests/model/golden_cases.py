@@ -1,20 +1,14 @@
-"""Checks of the model against a folder of golden vectors of the published code.
+"""Checks of the model against one case of a folder of golden vectors.
 
-Give them any folder in the format of `tests/golden/svitt` (see its README). Sizes come from the weights and the
-manifest, models from the public loaders: nothing here knows how large the model of a folder is.
+Nothing here knows how large the model of a folder is: give them any folder in the format of `tests/golden/svitt`.
 """
 
-import json
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from model import VideoTextModel, load_official_svitt
+from model import VideoTextModel
 from model.attention import Backend, token_codes
 from model.losses import info_nce, mlm_loss, vtm_loss
 from model.metrics import retrieval
@@ -25,98 +19,9 @@ from model.sparsity import EdgeLayout, choose_random_blocks, local_blocks
 from model.token_order import token_order
 from model.video_encoder import VideoEncoding
 from model.weights import inflate_bias_table
+from tests.model.golden_set import GoldenSet, close, layouts_of, read_tensors
 
 HIDDEN, POOLED, LOGITS, GRADIENT, DOUBLE = 5e-5, 1e-5, 2e-4, 1e-4, 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class GoldenSet:
-    """A folder with `manifest.json`, weights, position tables and vectors."""
-
-    folder: Path
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Settings of all cases, and sizes that shapes do not tell."""
-        return _manifest(self.folder)
-
-    def case(self, name: str) -> dict[str, Any]:
-        """Settings of one case."""
-        return self.manifest["cases"][name]
-
-    def vectors(self, case: dict[str, Any]) -> dict[str, Tensor]:
-        """Tensors of one case, without its prefix; what all cases of a file share comes with them."""
-        tensors = _tensors(self.folder / case["file"])
-        prefix = case.get("prefix", "")
-        shared = {key: value for key, value in tensors.items() if "/" not in key or key.startswith("grad/")}
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        return {**shared, **own}
-
-    def names(self, kind: str) -> list[str]:
-        """Cases with vectors of one kind: encoder, pretrain, retrieval or inflate."""
-        return [
-            name for name, case in self.manifest["cases"].items() if name.startswith(kind) and "file" in case
-        ]
-
-    def model(self, case: dict[str, Any], num_frames: int, quirks: bool, **overrides: Any) -> VideoTextModel:
-        """The model of one case, through the public loader."""
-        tables = dict(_tensors(self.folder / f"tables_T{num_frames}.safetensors"))
-        state = {**_tensors(self.folder / "weights.safetensors"), **tables}
-        if "temp_initial" in case:
-            state["temp"] = torch.tensor(case["temp_initial"])
-        sizes = self.manifest["sizes"]
-        ids = sizes["special_ids"]
-        text = {
-            "num_heads": sizes["text"]["heads"],
-            "pad_id": ids["pad"],
-            "cls_id": ids["cls"],
-            "mask_id": ids["mask"],
-        }
-        model, report = load_official_svitt(
-            state,
-            image_size=sizes["vision"]["image"],
-            settings=case,
-            official_quirks=quirks,
-            text=text,
-            **overrides,
-        )
-        assert not report.inflated + report.new + report.unused, report
-        return model
-
-
-@cache
-def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-@cache
-def _tensors(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
-
-
-def close(ours: Tensor, theirs: Tensor, limit: float, what: str) -> None:
-    """Equal within an absolute limit."""
-    torch.testing.assert_close(ours, theirs, atol=limit, rtol=0, msg=lambda text: f"{what}: {text}")
-
-
-def layouts_of(
-    model: VideoTextModel, vectors: dict[str, Tensor], repeats: bool
-) -> list[EdgeLayout | None] | None:
-    """The stored random blocks and our local ones for every layer; without `repeats` a block counts once."""
-    video = model.config.video
-    if video.num_random_blocks is None:
-        return None
-    layouts: list[EdgeLayout | None] = []
-    for layer, num_patches in enumerate(video.tokens_by_layer()[: video.depth]):
-        num_blocks = -(-num_patches // video.block_size)
-        local = local_blocks(num_blocks, video.num_local_blocks, circular=repeats)
-        random = vectors.get(f"blocks_layer{layer:02d}", torch.empty(num_blocks, 0, dtype=torch.long))
-        if not repeats:
-            random = random.masked_fill((random[:, :, None] == local[:, None]).any(dim=2), -1)
-        layouts.append(
-            EdgeLayout.from_blocks(torch.cat([local, random], 1), video.block_size, num_patches, repeats)
-        )
-    return layouts
 
 
 def _traced(
@@ -206,7 +111,7 @@ def check_token_order(golden: GoldenSet, name: str) -> None:
 
 def check_position_rows(golden: GoldenSet, num_frames: int) -> None:
     """The row of the position table of every pair of tokens."""
-    tensors = _tensors(golden.folder / f"tables_T{num_frames}.safetensors")
+    tensors = read_tensors(golden.folder / f"tables_T{num_frames}.safetensors")
     index = tensors["relative_position_index"].long()
     side = golden.manifest["sizes"]["vision"]["image"] // golden.manifest["sizes"]["vision"]["patch"]
     rows = {value.shape[0] for key, value in tensors.items() if key.endswith("table")}

@@ -10,7 +10,7 @@ import torch
 
 from model.attention import Backend
 from tests.model import golden_cases
-from tests.model.golden_cases import GoldenSet
+from tests.model.golden_set import GoldenSet
 from tests.model.self_made_set import write_set
 
 _FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "golden").glob("*/manifest.json"))
