@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import Backend, sparse_attention
+from model.average_attention import average_attention
 from model.config import VideoConfig
+from model.official_attention import official_attention
 from model.sparsity import EdgeLayout
 
 NORM_EPS = 1e-12
@@ -24,6 +26,8 @@ class VideoAttention(nn.Module):
         width = config.width
         self.num_heads = config.num_heads
         self.backend: Backend = config.attention_backend
+        self.quirky_window = config.num_local_blocks if config.official_quirks else None
+        self.scores_by_average = config.prune_score == "avg_attn"
         # Rows: query, key, value. One matrix, because one large product is faster than three.
         self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -36,18 +40,28 @@ class VideoAttention(nn.Module):
         tokens_BND: Float[Tensor, "B N D"],
         codes: Int[Tensor, "*B n"],
         layout: EdgeLayout | None,
-        with_cls_scores: bool,
+        with_scores: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mixed tokens (B, N, D), and the CLS query's attention to patches (B, n) if asked for."""
+        """Mixed tokens (B, N, D), and the patches' scores for pruning (B, n) if asked for: attention of CLS, or of
+        all tokens, by `prune_score`.
+        """
         num_clips, num_tokens, width = tokens_BND.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = functional.linear(tokens_BND, self.qkv_weight, bias)
         # One copy to heads first, where the attention works without further ones.
         q, k, v = qkv.view(num_clips, num_tokens, 3, self.num_heads, -1).permute(2, 3, 0, 1, 4).contiguous()
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        mixed, scores = sparse_attention(
-            q, k, v, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=with_cls_scores
-        )
+        by_cls = with_scores and not self.scores_by_average
+        if self.quirky_window is not None and layout is not None:
+            mixed, scores = official_attention(
+                q, k, v, codes, self.bias_table, layout, self.quirky_window, with_cls_scores=by_cls
+            )
+        else:
+            mixed, scores = sparse_attention(
+                q, k, v, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=by_cls
+            )
+        if with_scores and self.scores_by_average:
+            scores = average_attention(q, k, codes, self.bias_table, layout)
         return self.output(mixed.transpose(1, 2).reshape(num_clips, num_tokens, width)), scores
 
 
@@ -88,10 +102,10 @@ class VideoBlock(nn.Module):
         tokens_BND: Float[Tensor, "B N D"],
         codes: Int[Tensor, "*B n"],
         layout: EdgeLayout | None,
-        with_cls_scores: bool,
+        with_scores: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens after the layer (B, N, D), and CLS scores (B, n) if asked for."""
-        mixed, scores = self.attention(self.attention_norm(tokens_BND), codes, layout, with_cls_scores)
+        """Tokens after the layer (B, N, D), and scores of the patches (B, n) if asked for."""
+        mixed, scores = self.attention(self.attention_norm(tokens_BND), codes, layout, with_scores)
         tokens_BND = torch.addcmul(tokens_BND, mixed, self._branch_scale(self.attention_scale, tokens_BND))
         hidden = self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(tokens_BND))))
         tokens_BND = torch.addcmul(tokens_BND, hidden, self._branch_scale(self.mlp_scale, tokens_BND))

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from model import cost
 from model.cost import keep_count
 from model.named_sizes import NAMED_SIZES
+from model.settings import FrozenSettings, check_layers
+from model.text_config import TextConfig
 
 
 class Gmacs(NamedTuple):
@@ -24,16 +26,10 @@ class Gmacs(NamedTuple):
     training_forward: float
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+PruneScore = Literal["cls_attn", "avg_attn", "random"]
 
 
-def _check_layers(name: str, layers: tuple[int, ...], first: int, end: int) -> None:
-    if list(layers) != sorted(set(layers)) or any(not first <= layer < end for layer in layers):
-        raise ValueError(f"{name} {list(layers)} must be ascending layer numbers from {first} to {end - 1}")
-
-
-class VideoConfig(_Frozen):
+class VideoConfig(FrozenSettings):
     """Video encoder. Layers count from 0; `num_random_blocks` None means dense attention."""
 
     num_frames: PositiveInt = 4
@@ -50,10 +46,20 @@ class VideoConfig(_Frozen):
         default=0.7, gt=0, le=1, description="share of patches kept after each pruning layer"
     )
     prune_layers: tuple[int, ...] = (3, 6, 9)
+    prune_score: PruneScore = Field(
+        default="cls_attn",
+        description="attention of CLS, mean attention of all tokens, or keyed random numbers",
+    )
     num_local_blocks: int = Field(default=1, ge=0, description="0 or odd; counts the own block")
     num_random_blocks: int | None = Field(default=3, ge=0, description="None: dense attention")
     block_size: PositiveInt = 56
-    token_order: Literal["raster", "zcurve"] = "raster"
+    token_order: Literal["raster", "zcurve", "hilbert"] = "raster"
+    circular_window: bool = Field(default=False, description="local blocks wrap round the ends of the clip")
+    official_quirks: bool = Field(
+        default=False,
+        description="attend as the published code does (model/official_attention.py): padded keys take part, local "
+        "blocks wrap round and a block may count twice, values and bias of a local window are mirrored",
+    )
     layer_scale_init: float = 0.1
     init_std: float = Field(default=0.02, gt=0)
     position_init: Literal["zeros", "normal", "motion"] = "zeros"
@@ -82,7 +88,7 @@ class VideoConfig(_Frozen):
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.keep_rate < 1:
-            _check_layers("prune_layers", self.prune_layers, 0, self.depth)
+            check_layers("prune_layers", self.prune_layers, 0, self.depth)
         if self.num_random_blocks is not None:
             self._check_blocks(self.num_random_blocks)
         return self
@@ -103,6 +109,21 @@ class VideoConfig(_Frozen):
                 f"frames of {self.image_size} px; take block_size <= {self.num_patches}, "
                 "or num_random_blocks null for dense attention"
             )
+        if self.official_quirks:
+            self._check_quirks(num_random_blocks)
+
+    def _check_quirks(self, num_random_blocks: int) -> None:
+        if self.prune_score == "avg_attn":
+            raise ValueError(
+                "prune_score avg_attn is not part of the published code; take cls_attn or random, "
+                "or leave official_quirks off"
+            )
+        fewest = min(self.blocks_by_layer())
+        if num_random_blocks > fewest:
+            raise ValueError(
+                f"num_random_blocks {num_random_blocks} exceeds the {fewest} blocks that pruning leaves, where the "
+                f"published code stops; take at most {fewest}, or leave official_quirks off, which takes all there are"
+            )
 
     @property
     def grid(self) -> int:
@@ -122,7 +143,7 @@ class VideoConfig(_Frozen):
     @property
     def mlp_width(self) -> int:
         """Hidden width of the feed-forward part."""
-        return int(self.width * self.mlp_ratio)
+        return round(self.width * self.mlp_ratio)
 
     @property
     def is_dense(self) -> bool:
@@ -152,55 +173,22 @@ class VideoConfig(_Frozen):
     def macs(self) -> int:
         """MACs of one forward pass of one clip."""
         layers = zip(self.tokens_by_layer()[: self.depth], self.blocks_by_layer(), strict=True)
-        key_blocks = self.num_local_blocks + (self.num_random_blocks or 0)
+        asked = self.num_local_blocks + (self.num_random_blocks or 0)
         embedding = self.num_patches * 3 * self.patch_size**2 * self.width
         return embedding + sum(
-            cost.video_layer_macs(n, self.width, self.mlp_width, nb, self.block_size, min(key_blocks, nb))
+            cost.video_layer_macs(
+                n,
+                self.width,
+                self.mlp_width,
+                nb,
+                self.block_size,
+                asked if self.official_quirks else min(asked, nb),
+            )
             for n, nb in layers
         )
 
 
-class TextConfig(_Frozen):
-    """Text encoder (layers before `fusion_layer`) and fusion layers (the rest), all BERT layers."""
-
-    vocab_size: int = Field(default=30522, ge=6)
-    width: PositiveInt = 768
-    depth: PositiveInt = 12
-    fusion_layer: PositiveInt = 9
-    num_heads: PositiveInt = 12
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    max_length: PositiveInt = Field(default=512, description="position embeddings; captions may be shorter")
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    init_std: float = Field(default=0.02, gt=0)
-    pad_id: int = 0
-    cls_id: int = 2
-    mask_id: int = 4
-
-    @model_validator(mode="after")
-    def _check(self) -> "TextConfig":
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
-        if self.fusion_layer > self.depth:
-            raise ValueError(f"fusion_layer {self.fusion_layer} exceeds depth {self.depth}")
-        for name in ("pad_id", "cls_id", "mask_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
-                )
-        return self
-
-    @property
-    def mlp_width(self) -> int:
-        """Hidden width of the feed-forward part."""
-        return int(self.width * self.mlp_ratio)
-
-    @property
-    def num_fusion_layers(self) -> int:
-        """Layers with cross-attention to video."""
-        return self.depth - self.fusion_layer
-
-
-class ModelConfig(_Frozen):
+class ModelConfig(FrozenSettings):
     """The whole model and its three losses. A loss with weight 0 is not computed."""
 
     video: VideoConfig = VideoConfig()
@@ -208,13 +196,16 @@ class ModelConfig(_Frozen):
     joint_width: PositiveInt = 256
     multimodal_keep_rate: float = Field(default=1.0, gt=0, le=1)
     multimodal_prune_layers: tuple[int, ...] = (9,)
-    multimodal_score: Literal["cls_attn", "avg_attn"] = "cls_attn"
+    multimodal_score: PruneScore = "cls_attn"
     temperature: float = Field(default=0.05, gt=0, description="fixed, or the start of the learned one")
     learn_temperature: bool = False
     temperature_range: tuple[float, float] = (0.001, 0.5)
     vtc_weight: float = Field(default=1.0, ge=0)
     vtm_weight: float = Field(default=1.0, ge=0)
     mlm_weight: float = Field(default=1.0, ge=0)
+    vtc_loss: Literal["ego_nce", "info_nce"] = Field(
+        default="ego_nce", description="mass on all positives, or targets spread evenly over them (SViTT)"
+    )
     vtc_positives: Literal["action", "identity"] = "action"
     vtc_directions: Literal["sum", "mean"] = "sum"
     vtm_hard_negatives: bool = True
@@ -223,7 +214,7 @@ class ModelConfig(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         if self.multimodal_keep_rate < 1:
-            _check_layers(
+            check_layers(
                 "multimodal_prune_layers",
                 self.multimodal_prune_layers,
                 self.text.fusion_layer,
@@ -305,7 +296,7 @@ class ModelConfig(_Frozen):
 
     @staticmethod
     def named(name: str) -> "ModelConfig":
-        """One of the named sizes: base (as published), small, tiny."""
+        """One of the named sizes: large, base (as published), small, tiny."""
         if name not in NAMED_SIZES:
             raise ValueError(f"no model size is called {name!r}; choose one of {', '.join(NAMED_SIZES)}")
         return ModelConfig.model_validate(NAMED_SIZES[name])

@@ -54,14 +54,18 @@ def _nce_direction(logits_GG: Tensor, positives_GG: Tensor) -> Tensor:
     return (logits_GG.logsumexp(dim=1) - on_positives).mean()
 
 
-def info_nce(logits_GG: Float[Tensor, "G G"], positives_GG: Bool[Tensor, "G G"]) -> Float[Tensor, ""]:
-    """Mean of the two cross-entropies with targets spread evenly over the positives (SViTT's contrastive
-    loss).
+def info_nce(
+    logits_GG: Float[Tensor, "G G"], positives_GG: Bool[Tensor, "G G"], directions: Directions = "mean"
+) -> Float[Tensor, ""]:
+    """Cross-entropy with targets spread evenly over the positives, mean over rows (SViTT's contrastive loss).
+
+    The published code takes the `mean` of the two directions; `sum` adds them.
     """
     targets = positives_GG.float()
     rows = functional.cross_entropy(logits_GG.float(), targets / targets.sum(dim=1, keepdim=True))
     columns = functional.cross_entropy(logits_GG.float().T, targets.T / targets.T.sum(dim=1, keepdim=True))
-    return (rows + columns) / 2
+    total = rows + columns
+    return total if directions == "sum" else total / 2
 
 
 class Negatives(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 EGOMCQ_KINDS = ("inter", "intra")
@@ -96,22 +96,31 @@ class RetrievalScore:
 
 
 def retrieval(
-    similarity_QC: Float[Tensor, "Q C"], targets_Q: Int[Tensor, " Q"] | None = None
+    similarity_QC: Float[Tensor, "Q C"],
+    targets: Int[Tensor, " Q"] | Bool[Tensor, "Q C"] | None = None,
 ) -> RetrievalScore:
     """Recall of each query's target (default: the diagonal). Ties count against the query.
 
-    Swap the axes for the other direction. Raises ValueError when there is nothing to rank.
+    `targets` are the index of each query's target, or True at all its targets, of which the best counts (a video
+    with several captions). Swap the axes for the other direction. Raises ValueError when there is nothing to rank,
+    or a query has no target.
     """
     num_queries, num_candidates = similarity_QC.shape
     if num_queries == 0 or num_candidates == 0:
         raise ValueError(f"nothing to rank: similarity has shape {tuple(similarity_QC.shape)}")
-    if targets_Q is None:
+    if targets is None:
         if num_queries != num_candidates:
             raise ValueError(f"similarity {tuple(similarity_QC.shape)} is not square: name the targets")
-        targets_Q = torch.arange(num_queries, device=similarity_QC.device)
-    own = similarity_QC.gather(1, targets_Q[:, None])
-    # "Not less" and not ">=": a score that is not a number ranks ahead of the target, never behind it.
-    rank_Q = (~(similarity_QC < own)).sum(dim=1).clamp_min(1)
+        targets = torch.arange(num_queries, device=similarity_QC.device)
+    if targets.dtype != torch.bool:
+        targets = torch.zeros_like(similarity_QC, dtype=torch.bool).scatter_(1, targets[:, None], True)
+    if not bool(targets.any(dim=1).all()):
+        raise ValueError(f"queries {(~targets.any(dim=1)).nonzero().flatten().tolist()} have no target")
+    best_Q1 = similarity_QC.masked_fill(~targets, float("-inf")).max(dim=1, keepdim=True).values
+    # "Not less" and not ">=": a score that is not a number ranks ahead of the target, never behind it. Other targets
+    # of the query are not in its way.
+    ahead_QC = ~(similarity_QC < best_Q1) & ~targets
+    rank_Q = 1 + ahead_QC.sum(dim=1)
     recall_1, recall_5, recall_10 = (100 * float((rank_Q <= k).float().mean()) for k in (1, 5, 10))
     median_rank = float(rank_Q.double().quantile(0.5))
     return RetrievalScore(recall_1, recall_5, recall_10, median_rank, num_queries)

@@ -3,6 +3,11 @@
 from typing import Any
 
 NAMED_SIZES: dict[str, dict[str, Any]] = {
+    # BEiT-L/16 with BERT-base; pruning after the same thirds of the depth as in base.
+    "large": {
+        "video": {"width": 1024, "depth": 24, "num_heads": 16, "prune_layers": [7, 13, 19]},
+        "text": {"cls_id": 101, "mask_id": 103},
+    },
     "base": {"text": {"cls_id": 101, "mask_id": 103}},
     "small": {
         "video": {"width": 384, "num_heads": 6},

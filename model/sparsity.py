@@ -16,12 +16,14 @@ from model.step_key import derive_seed
 
 __all__ = [
     "EdgeLayout",
+    "choose_random_blocks",
     "draw_edge_layout",
     "draw_layouts",
+    "draw_node_scores",
     "keep_count",
     "keep_patches",
+    "local_blocks",
     "select_patches",
-    "token_order",
 ]
 
 
@@ -29,7 +31,8 @@ __all__ = [
 class EdgeLayout:
     """Key blocks of every query block, shared by all samples and heads of a layer.
 
-    `key_blocks_SK[s]` lists the blocks that query block s sees, each at most once; -1 marks an unused place.
+    `key_blocks_SK[s]` lists the blocks that query block s sees, each at most once (but for the published code's
+    quirks, see `official_attention`); -1 marks an unused place.
     CLS is in no block: it sees everything and everything sees it.
     """
 
@@ -48,9 +51,11 @@ class EdgeLayout:
         return 1 + self.key_blocks_SK.shape[1] * self.block_size
 
     @staticmethod
-    def from_blocks(key_blocks_SK: Int[Tensor, "S K"], block_size: int, num_patches: int) -> "EdgeLayout":
-        """Layout from given lists. Raises ValueError for a wrong shape, an unknown block or one listed
-        twice.
+    def from_blocks(
+        key_blocks_SK: Int[Tensor, "S K"], block_size: int, num_patches: int, allow_repeats: bool = False
+    ) -> "EdgeLayout":
+        """Layout from given lists. Raises ValueError for a wrong shape, an unknown block or, unless allowed, one
+        listed twice.
         """
         layout = EdgeLayout(key_blocks_SK, block_size, num_patches)
         rows = key_blocks_SK.tolist()
@@ -60,7 +65,7 @@ class EdgeLayout:
             )
         for number, row in enumerate(rows):
             used = [block for block in row if block != -1]
-            if len(set(used)) != len(used):
+            if len(set(used)) != len(used) and not allow_repeats:
                 raise ValueError(f"query block {number} lists a key block twice: {row}")
             if any(not 0 <= block < layout.num_blocks for block in used):
                 raise ValueError(
@@ -97,31 +102,71 @@ class EdgeLayout:
         return EdgeLayout(self.key_blocks_SK.to(device), self.block_size, self.num_patches)
 
 
-def draw_edge_layout(
-    num_patches: int, block_size: int, num_local: int, num_random: int, generator: torch.Generator
-) -> EdgeLayout:
-    """Local blocks in order of offset, then random ones in ascending order.
+def local_blocks(num_blocks: int, num_local: int, circular: bool = False) -> Int[Tensor, "S Kl"]:
+    """Blocks at offsets -(K_l-1)/2 .. (K_l-1)/2 of each block; past the ends -1, or round the ends if `circular`.
 
-    Local blocks do not wrap round the ends. Random ones differ from the local ones; where fewer than
-    `num_random` blocks are left, all of them are taken, so that no block counts twice (model notes: clamped
-    K_r).
+    A circular window that is wider than the sequence lists a block more than once.
     """
-    num_blocks = -(-num_patches // block_size)
-    half = (num_local - 1) // 2 if num_local else -1
     own = torch.arange(num_blocks)[:, None]
-    parts = []
-    if num_local:
-        local = own + torch.arange(-half, half + 1)
-        parts.append(torch.where((local >= 0) & (local < num_blocks), local, -1))
-    # Drawn even when no random block is asked for: the stream does not depend on the settings.
-    scores = torch.rand(num_blocks, num_blocks, generator=generator)
-    scores = scores.masked_fill((own - own.T).abs() <= half, -1.0)
-    best = scores.topk(min(num_random, num_blocks), dim=1)
+    if num_local == 0:
+        return own[:, :0]
+    half = (num_local - 1) // 2
+    blocks = own + torch.arange(-half, half + 1)
+    if circular:
+        return blocks % num_blocks
+    return torch.where((blocks >= 0) & (blocks < num_blocks), blocks, -1)
+
+
+def choose_random_blocks(
+    uniform_SS: Float[Tensor, "S S"], local_SK: Int[Tensor, "S Kl"], num_random: int, quirks: bool = False
+) -> Int[Tensor, "S Kr"]:
+    """The `num_random` blocks of highest number in each row that are not local, ascending.
+
+    Where fewer are left, all of them are taken and the row is filled with -1. With `quirks` the rows are filled with
+    local blocks instead, which then count twice (published code).
+    """
+    num_blocks = uniform_SS.shape[0]
+    is_local_SS = torch.zeros(num_blocks, num_blocks + 1, dtype=torch.bool)
+    is_local_SS = is_local_SS.scatter_(1, local_SK.where(local_SK >= 0, num_blocks), True)[:, :num_blocks]
+    if quirks:
+        return uniform_SS.masked_fill(is_local_SS, 0.0).topk(num_random, dim=1).indices.sort(dim=1).values
+    best = uniform_SS.masked_fill(is_local_SS, -1.0).topk(min(num_random, num_blocks), dim=1)
     absent = num_blocks
     chosen = torch.where(best.values >= 0, best.indices, absent).sort(dim=1).values
     chosen = torch.where(chosen == absent, -1, chosen)
-    parts.append(chosen[:, : int((chosen >= 0).sum(dim=1).max()) if chosen.numel() else 0])
-    return EdgeLayout(torch.cat(parts, dim=1), block_size, num_patches)
+    return chosen[:, : int((chosen >= 0).sum(dim=1).max()) if chosen.numel() else 0]
+
+
+def draw_edge_layout(
+    num_patches: int,
+    block_size: int,
+    num_local: int,
+    num_random: int,
+    generator: torch.Generator,
+    *,
+    circular: bool = False,
+    quirks: bool = False,
+) -> EdgeLayout:
+    """Local blocks in order of offset, then random ones in ascending order.
+
+    Local blocks do not wrap round the ends unless `circular`. No block is listed twice: where fewer than `num_random`
+    blocks are left, all of them are taken (K_r is clamped). `quirks` draws as the published code does: the window
+    wraps, and blocks may be listed twice.
+    """
+    num_blocks = -(-num_patches // block_size)
+    local_SK = local_blocks(num_blocks, num_local, circular or quirks)
+    # Drawn even when no random block is asked for: the stream does not depend on the settings.
+    uniform_SS = torch.rand(num_blocks, num_blocks, generator=generator)
+    random_SK = choose_random_blocks(uniform_SS, local_SK, num_random, quirks)
+    if not quirks:
+        local_SK = _without_repeats(local_SK)
+    return EdgeLayout(torch.cat([local_SK, random_SK], dim=1), block_size, num_patches)
+
+
+def _without_repeats(blocks_SK: Tensor) -> Tensor:
+    """-1 in place of a block that stands earlier in its row."""
+    same_SKK = blocks_SK[:, :, None] == blocks_SK[:, None, :]
+    return blocks_SK.masked_fill(same_SKK.tril(diagonal=-1).any(dim=2), -1)
 
 
 def draw_layouts(config: VideoConfig, edge_seed: int) -> list[EdgeLayout | None]:
@@ -130,33 +175,26 @@ def draw_layouts(config: VideoConfig, edge_seed: int) -> list[EdgeLayout | None]
         return [None] * config.depth
     layouts: list[EdgeLayout | None] = []
     for layer, num_patches in enumerate(config.tokens_by_layer()[: config.depth]):
-        generator = torch.Generator().manual_seed(derive_seed("edges", edge_seed, layer))
         layouts.append(
             draw_edge_layout(
-                num_patches, config.block_size, config.num_local_blocks, config.num_random_blocks, generator
+                num_patches,
+                config.block_size,
+                config.num_local_blocks,
+                config.num_random_blocks,
+                torch.Generator().manual_seed(derive_seed("edges", edge_seed, layer)),
+                circular=config.circular_window,
+                quirks=config.official_quirks,
             )
         )
     return layouts
 
 
-def token_order(config: VideoConfig) -> Int[Tensor, " n"]:
-    """Clip position (frame by frame, row by row) of every patch in the order in which blocks are cut.
-
-    `raster` leaves them as they are, so that a block is a piece of a few rows of one frame. `zcurve` follows
-    a Morton curve with time as the fastest axis, so that a block is a small cube of space and time (SViTT's
-    option).
+def draw_node_scores(num_patches: int, seed: int, layer: int) -> Float[Tensor, " n"]:
+    """Random scores for pruning, a function of (seed, layer). One draw for all clips of all ranks, so that neither
+    the micro-batch nor the world size changes what is kept.
     """
-    side = config.grid
-    position = torch.arange(config.num_patches)
-    if config.token_order == "raster":
-        return position
-    axes = (position // side**2, position // side % side, position % side)
-    bits = max(config.num_frames, side).bit_length()
-    key = torch.zeros_like(position)
-    for bit in range(bits):
-        for place, axis in enumerate(axes):
-            key |= (axis >> bit & 1) << (3 * bit + place)
-    return key.argsort()
+    generator = torch.Generator().manual_seed(derive_seed("nodes", seed, layer))
+    return torch.rand(num_patches, generator=generator)
 
 
 def select_patches(scores_BN: Float[Tensor, "B N"], keep: int) -> Int[Tensor, "B M"]:

@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, Be
 
 from model.config import ModelConfig, TextConfig
 from model.errors import ModelInputError
-from model.sparsity import keep_count, select_patches
+from model.sparsity import draw_node_scores, keep_count, select_patches
 
 
 def bert_config(config: TextConfig, with_cross_attention: bool) -> BertConfig:
@@ -186,21 +186,28 @@ class TextEncoder(nn.Module):
         text_mask_QL: Bool[Tensor, "Q L"],
         video_BMD: Float[Tensor, "B M D"],
         clip_Q: Int[Tensor, " Q"] | None = None,
+        seed: int | None = None,
     ) -> Fused:
         """Fusion layers over pairs: text row q with video row clip_Q[q] (None: row q).
 
         With multimodal pruning, each pair keeps the patches that its text attends to most in a pruning layer;
-        the layers after it see only those. CLS of the video always stays.
+        the layers after it see only those. CLS of the video always stays. Random pruning is a function of `seed`
+        (None: the fixed seed of evaluation), the same for all pairs.
         """
         config = self.config
+        seed = config.video.eval_edge_seed if seed is None else seed
         kept: Tensor | None = None
         keep_indices: list[Tensor] = []
         mask = text_mask_QL[:, None, None]
         for number in range(config.text.fusion_layer, config.text.depth):
             prunes = config.multimodal_keep_rate < 1 and number in config.multimodal_prune_layers
-            score = config.multimodal_score if prunes else None
+            score = config.multimodal_score if prunes and config.multimodal_score != "random" else None
             states_QLD, scores = self.layers[number](states_QLD, mask, video_BMD, clip_Q, kept, score)
-            if scores is not None:
+            if prunes:
+                if scores is None:
+                    alive = (video_BMD if kept is None else kept).shape[1] - (kept is None)
+                    scores = draw_node_scores(alive, seed, number).to(video_BMD.device)
+                    scores = scores.expand(len(states_QLD), -1)
                 chosen = select_patches(scores, keep_count(scores.shape[1], config.multimodal_keep_rate))
                 keep_indices.append(chosen)
                 kept = chosen if kept is None else kept.gather(1, chosen)

@@ -20,12 +20,13 @@ from model.errors import ModelInputError
 from model.sparsity import (
     EdgeLayout,
     draw_layouts,
+    draw_node_scores,
     keep_count,
     keep_patches,
     layouts_to,
     select_patches,
-    token_order,
 )
+from model.token_order import token_order
 
 # Offsets (time, height, width) of the query from its preferred key: 1 in time looks one frame back.
 MOTION_OFFSETS: tuple[tuple[int, int, int] | None, ...] = (
@@ -102,13 +103,15 @@ class VideoEncoder(nn.Module):
     ) -> VideoEncoding:
         """Encode normalised clips.
 
-        Random edges are a function of `edge_seed` (None: the fixed seed of evaluation), unless `layouts` of
-        all layers are given. Raises ModelInputError when the clip's shape is not the configured one.
+        Random edges and random pruning are a function of `edge_seed` (None: the fixed seed of evaluation); edges
+        may be given instead, as `layouts` of all layers. Raises ModelInputError when the clip's shape is not the
+        configured one, or when it holds values that are not finite (see `check_finite`).
         """
         config = self.config
         self._check(video_BTCHW)
+        seed = config.eval_edge_seed if edge_seed is None else edge_seed
         if layouts is None:
-            layouts = draw_layouts(config, config.eval_edge_seed if edge_seed is None else edge_seed)
+            layouts = draw_layouts(config, seed)
         layouts = layouts_to(layouts, video_BTCHW.device)
         tokens = self._embed(video_BTCHW)
         clip_codes: Tensor = self.codes  # pyright: ignore[reportAssignmentType]
@@ -118,9 +121,12 @@ class VideoEncoder(nn.Module):
         keep_indices: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_after(number)
-            tokens, scores = self._run(layer, tokens, codes, layouts[number], prunes)
+            with_scores = prunes and config.prune_score != "random"
+            tokens, scores = self._run(layer, tokens, codes, layouts[number], with_scores)
             if prunes:
-                assert scores is not None
+                if scores is None:
+                    scores = draw_node_scores(tokens.shape[1] - 1, seed, number).to(tokens.device)
+                    scores = scores.expand(len(tokens), -1)
                 kept = select_patches(scores, keep_count(scores.shape[1], config.keep_rate))
                 tokens = keep_patches(tokens, kept)
                 positions = positions[kept] if positions.dim() == 1 else positions.gather(1, kept)
@@ -130,12 +136,12 @@ class VideoEncoder(nn.Module):
         return VideoEncoding(tokens, pooled, tuple(keep_indices))
 
     def _run(
-        self, layer: nn.Module, tokens: Tensor, codes: Tensor, layout: EdgeLayout | None, prunes: bool
+        self, layer: nn.Module, tokens: Tensor, codes: Tensor, layout: EdgeLayout | None, with_scores: bool
     ) -> tuple[Tensor, Tensor | None]:
         if self.config.recompute and self.training and torch.is_grad_enabled():
             # The layout is an argument, so that the second run sees the same edges as the first.
-            return checkpoint(layer, tokens, codes, layout, prunes, use_reentrant=False)  # pyright: ignore
-        return layer(tokens, codes, layout, prunes)
+            return checkpoint(layer, tokens, codes, layout, with_scores, use_reentrant=False)  # pyright: ignore
+        return layer(tokens, codes, layout, with_scores)
 
     def _embed(self, video_BTCHW: Tensor) -> Tensor:
         patches = self.patch_embed(video_BTCHW.to(self.cls_token.dtype))
@@ -164,6 +170,26 @@ class VideoEncoder(nn.Module):
                 f"frames have shape {tuple(video_BTCHW.shape[2:])}, the model takes (3, {side}, {side}); "
                 "change image_size of the loader or of the model"
             )
+        if not torch.compiler.is_compiling():
+            check_finite(video_BTCHW, self.training)
+
+
+def check_finite(video_BTCHW: Tensor, is_training: bool) -> None:
+    """Raise ModelInputError that names the clips with NaN or infinite values.
+
+    Clips on an accelerator are not looked at in training: reading the answer would stop the stream in every step, the
+    frames were uint8 until the step normalised them, and a loss that is not finite is caught by the engine.
+    """
+    if is_training and video_BTCHW.device.type != "cpu":
+        return
+    # A sum is not finite when any of its terms is not, and unlike a mask it writes nothing.
+    sums_B = video_BTCHW.flatten(1).sum(dim=1, dtype=torch.float64)
+    if not bool(sums_B.isfinite().all()):
+        rows = (~sums_B.isfinite()).nonzero().flatten().tolist()
+        raise ModelInputError(
+            f"clips in rows {rows} hold NaN or infinite values; look at their normalisation, "
+            "or reject the clips they were decoded from"
+        )
 
 
 @torch.no_grad()

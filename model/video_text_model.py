@@ -12,7 +12,7 @@ from torch.nn import functional
 from model.blocks import NORM_EPS
 from model.collectives import all_gather_rows, all_gather_with_gradient, is_distributed, local_rows
 from model.config import ModelConfig
-from model.losses import ego_nce, mask_tokens, mlm_loss, positives_mask, sample_negatives, vtm_loss
+from model.losses import ego_nce, info_nce, mask_tokens, mlm_loss, positives_mask, sample_negatives, vtm_loss
 from model.sparsity import EdgeLayout
 from model.step_key import StepKey
 from model.text_encoder import Fused, TextEncoder
@@ -120,9 +120,10 @@ class VideoTextModel(nn.Module):
         text_mask_QL: Bool[Tensor, "Q L"],
         video_tokens_BMD: Float[Tensor, "B M D"],
         clip_Q: Int[Tensor, " Q"] | None = None,
+        seed: int | None = None,
     ) -> Fused:
-        """Fusion layers over pairs (text row q, video row clip_Q[q])."""
-        return self.text_encoder.fuse(states_QLD, text_mask_QL, video_tokens_BMD, clip_Q)
+        """Fusion layers over pairs (text row q, video row clip_Q[q]); `seed` is that of random pruning."""
+        return self.text_encoder.fuse(states_QLD, text_mask_QL, video_tokens_BMD, clip_Q, seed)
 
     def matching_logits(self, states_QLD: Float[Tensor, "Q L D"]) -> Float[Tensor, "Q 2"]:
         """Scores of (no match, match) of fused pairs."""
@@ -159,7 +160,7 @@ class VideoTextModel(nn.Module):
             video = self.encode_video(video_BTCHW, edge_seed)
             text, masked = self._encode_texts(text_ids_BL, text_mask_BL, key)
             similarity = self._similarity(text, video, tags)
-            states_QLD = self._fuse_pairs(text, masked, text_mask_BL, video, similarity, key)
+            states_QLD = self._fuse_pairs(text, masked, text_mask_BL, video, similarity, key, edge_seed)
         zero = similarity.logits_GG.new_zeros(())
         vtc, vtc_accuracy = self._vtc(similarity) if config.vtc_weight else (zero, zero)
         vtm, vtm_accuracy = self._vtm(states_QLD, similarity) if config.vtm_weight else (zero, zero)
@@ -206,6 +207,7 @@ class VideoTextModel(nn.Module):
         video: VideoOutput,
         similarity: _Similarity,
         key: StepKey,
+        edge_seed: int | None,
     ) -> Tensor:
         """States of all pairs in one pass: with vtm B matching, B wrong videos, B wrong texts; then B masked
         texts.
@@ -226,10 +228,12 @@ class VideoTextModel(nn.Module):
             states, masks, clips = [*states, masked.states_BLD], [*masks, text_mask_BL], [*clips, own_B]
         if not states:
             return text.states_BLD[:0]
-        return self.fuse(torch.cat(states), torch.cat(masks), video.tokens_BMD, torch.cat(clips)).states_QLD
+        pairs = (torch.cat(states), torch.cat(masks), video.tokens_BMD, torch.cat(clips))
+        return self.fuse(*pairs, edge_seed).states_QLD
 
     def _vtc(self, similarity: _Similarity) -> tuple[Tensor, Tensor]:
-        loss = ego_nce(similarity.logits_GG, similarity.positives_GG, self.config.vtc_directions)
+        criterion = ego_nce if self.config.vtc_loss == "ego_nce" else info_nce
+        loss = criterion(similarity.logits_GG, similarity.positives_GG, self.config.vtc_directions)
         best_G1 = similarity.logits_GG.detach().argmax(dim=1, keepdim=True)
         return loss, similarity.positives_GG.gather(1, best_G1).float().mean()
 

@@ -1,9 +1,8 @@
-"""Weights from elsewhere: other frame counts (inflation of the position tables) and the official key names.
+"""Weights of another frame count: inflation of what depends on time, and strict loading with a report.
 
 Tensors in, tensors out: reading and writing files is not done here.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.errors import WeightsError
+from model.relative_bias import CLS_ROWS
 from model.video_text_model import VideoTextModel
 
 InflationRule = Literal["nearest", "interpolate"]
-_CLS_ROWS = 3
 _TABLE = "attention.bias_table"
 _TIME = "time_embedding"
 # Learned temperature of another stage: dropped by a model whose temperature is fixed.
@@ -50,13 +49,13 @@ def inflate_bias_table(
     offsets. Raises WeightsError when the rows do not fit `old_frames`.
     """
     old_slots, new_slots = 2 * old_frames - 1, 2 * new_frames - 1
-    spatial, rest = divmod(table_RA.shape[0] - _CLS_ROWS, old_slots)
+    spatial, rest = divmod(table_RA.shape[0] - CLS_ROWS, old_slots)
     if rest or spatial <= 0:
         raise WeightsError(
             f"a position table of {table_RA.shape[0]} rows is not one of {old_frames} frames: "
-            f"without {_CLS_ROWS} CLS rows it must be a multiple of {old_slots}; state its own frame count"
+            f"without {CLS_ROWS} CLS rows it must be a multiple of {old_slots}; state its own frame count"
         )
-    patches = table_RA[:-_CLS_ROWS].view(old_slots, spatial, -1)
+    patches = table_RA[:-CLS_ROWS].view(old_slots, spatial, -1)
     slot = torch.arange(new_slots, device=table_RA.device)
     if rule == "nearest":
         inflated = patches[slot * old_slots // new_slots]
@@ -68,7 +67,7 @@ def inflate_bias_table(
         inflated = patches[low] * (1 - share) + patches[(low + 1).clamp_max(old_slots - 1)] * share
     else:
         raise WeightsError(f"no inflation rule is called {rule!r}; choose nearest or interpolate")
-    return torch.cat([inflated.flatten(0, 1), table_RA[-_CLS_ROWS:]])
+    return torch.cat([inflated.flatten(0, 1), table_RA[-CLS_ROWS:]])
 
 
 def inflate_time_embedding(embedding_TD: Float[Tensor, "T D"], new_frames: int) -> Float[Tensor, "T2 D"]:
@@ -89,15 +88,15 @@ def load_for_num_frames(
     state: Mapping[str, Tensor],
     rule: InflationRule = "nearest",
     *,
-    allow_new: bool = False,
+    allow_new: bool | tuple[str, ...] = False,
     allow_unused: bool = False,
 ) -> LoadReport:
     """Load weights of a model that may differ in the number of frames; all else must fit.
 
     The old frame count follows from the rows of the tables. Raises WeightsError that names keys and shapes
-    for anything missing, left over or misshaped, before a single weight is changed. `allow_new` accepts
-    missing keys (they keep their start), `allow_unused` left-over ones. A learned temperature is optional
-    either way.
+    for anything missing, left over or misshaped, before a single weight is changed. `allow_new` accepts missing
+    keys (they keep their start), all or those of the given prefixes; `allow_unused` left-over ones. A learned
+    temperature is optional either way.
     """
     own = model.state_dict()
     loaded: dict[str, Tensor] = {}
@@ -121,8 +120,11 @@ def load_for_num_frames(
             matched.append(key)
         loaded[key] = value
     new, unused = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if not allow_new:
-        problems += [f"{key}: missing" for key in new if key not in _OPTIONAL]
+    if allow_new is not True:
+        accepted = allow_new or ()
+        problems += [
+            f"{key}: missing" for key in new if key not in _OPTIONAL and not key.startswith(accepted)
+        ]
     if not allow_unused:
         problems += [f"{key}: not part of this model" for key in unused if key not in _OPTIONAL]
     if problems:
@@ -140,77 +142,10 @@ def load_for_num_frames(
 def _inflate_for(model: VideoTextModel, table: Tensor, own: Tensor, rule: InflationRule) -> Tensor:
     config = model.config.video
     spatial = (2 * config.grid - 1) ** 2
-    slots, rest = divmod(table.shape[0] - _CLS_ROWS, spatial)
+    slots, rest = divmod(table.shape[0] - CLS_ROWS, spatial)
     if rest or slots % 2 == 0 or table.shape[1] != own.shape[1]:
         raise WeightsError(
             f"shape {tuple(table.shape)}, the model has {tuple(own.shape)}; the table must be that of "
             f"{config.grid} x {config.grid} patches and {own.shape[1]} heads"
         )
     return inflate_bias_table(table, (slots + 1) // 2, config.num_frames, rule).to(own.dtype)
-
-
-_VIDEO_LAYER = (
-    (r"layernorm_before\.", "attention_norm."),
-    (r"layernorm_after\.", "mlp_norm."),
-    (r"lambda_1$", "attention_scale"),
-    (r"lambda_2$", "mlp_scale"),
-    (r"attention\.attention\.query\.bias$", "attention.q_bias"),
-    (r"attention\.attention\.value\.bias$", "attention.v_bias"),
-    (r"attention\.attention\.relative_position_bias\.relative_position_bias_table$", _TABLE),
-    (r"attention\.output\.dense\.", "attention.output."),
-    (r"intermediate\.dense\.", "mlp_in."),
-    (r"output\.dense\.", "mlp_out."),
-)
-_OFFICIAL = (
-    (r"^vision_encoder\.embeddings\.cls_token$", "video_encoder.cls_token"),
-    (r"^vision_encoder\.embeddings\.patch_embeddings\.projection\.", "video_encoder.patch_embed."),
-    (r"^vision_encoder\.pooler\.layernorm\.", "video_encoder.pooled_norm."),
-    (r"^vision_layernorm\.", "video_norm."),
-    (r"^text_encoder\.bert\.embeddings\.", "text_encoder.embeddings."),
-    (r"^text_encoder\.bert\.encoder\.layer\.", "text_encoder.layers."),
-    (r"^text_encoder\.cls\.predictions\.transform\.", "text_encoder.mlm_head.transform."),
-    (r"^text_encoder\.cls\.predictions\.bias$", "text_encoder.mlm_head.decoder.bias"),
-    (r"^vision_proj\.", "video_projection."),
-    (r"^text_proj\.", "text_projection."),
-    (r"^itm_head\.", "vtm_head."),
-    (r"^temp$", "learned_temperature"),
-    *(
-        (r"^vision_encoder\.encoder\.layer\.(\d+)\." + old, r"video_encoder.layers.\1." + new)
-        for old, new in _VIDEO_LAYER
-    ),
-)
-# Index buffers are computed, not loaded; the decoder's matrix and bias are tied to tensors loaded elsewhere.
-_DERIVED = re.compile(r"relative_position_index$|position_ids$|cls\.predictions\.decoder\.(weight|bias)$")
-_QKV = re.compile(r"^vision_encoder\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight$")
-
-
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the published SViTT code under our names; its query, key and value matrices become one.
-
-    Raises WeightsError for keys that are not known, all of them named.
-    """
-    ours: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, value in state.items():
-        if _DERIVED.search(key):
-            continue
-        if found := _QKV.match(key):
-            parts.setdefault(found[1], {})[found[2]] = value
-            continue
-        renamed = next((re.sub(old, new, key) for old, new in _OFFICIAL if re.match(old, key)), None)
-        if renamed is None:
-            unknown.append(key)
-        else:
-            ours[renamed] = value.reshape(1) if renamed in _OPTIONAL else value
-    if unknown:
-        raise WeightsError(f"keys that the published model does not have: {', '.join(sorted(unknown))}")
-    for layer, qkv in parts.items():
-        if qkv.keys() != {"query", "key", "value"}:
-            raise WeightsError(
-                f"layer {layer} of the video encoder has only {sorted(qkv)} of query, key, value"
-            )
-        ours[f"video_encoder.layers.{layer}.attention.qkv_weight"] = torch.cat(
-            [qkv["query"], qkv["key"], qkv["value"]]
-        )
-    return ours

@@ -60,10 +60,11 @@ def _slow(
     return out
 
 
+@pytest.mark.parametrize("num_local", [1, 3])
 @pytest.mark.parametrize("backend", ["reference", "gather"])
-def test_both_backends_equal_a_loop_over_pairs(backend: Backend) -> None:
+def test_both_backends_equal_a_loop_over_pairs(backend: Backend, num_local: int) -> None:
     (q, k, v), table = _inputs(7)
-    layout = _layout(7, 2, num_random=1)
+    layout = _layout(7, 2, num_local, num_random=1)
     out = sparse_attention(q, k, v, _codes(KEPT), table, layout, backend=backend).values_BANE
     torch.testing.assert_close(out, _slow(q, k, v, table, KEPT, layout))
 

@@ -96,6 +96,35 @@ def test_info_nce_spreads_the_target_over_the_positives() -> None:
     assert float(info_nce(logits, both)) == pytest.approx((row_0 + row_1) / 2, rel=1e-6)
 
 
+def test_info_nce_by_hand_in_both_conventions() -> None:
+    logits = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    rows = (log(exp(1) + exp(0)) - 1 + log(exp(2) + exp(3)) - 3) / 2
+    columns = (log(exp(1) + exp(2)) - 1 + log(exp(0) + exp(3)) - 3) / 2
+    own = torch.eye(2, dtype=torch.bool)
+    assert float(info_nce(logits, own)) == pytest.approx((rows + columns) / 2, rel=1e-6)
+    assert float(info_nce(logits, own, "sum")) == pytest.approx(rows + columns, rel=1e-6)
+
+
+def test_scene_companions_are_negatives_unless_they_share_the_action() -> None:
+    # Rows 0, 1 are anchors, 2, 3 their neighbours in the same scene; 2 repeats the action of 0.
+    verbs, nouns = _tags([0], [1], [0], [2]), _tags([0], [1], [0], [1])
+    logits = torch.tensor(
+        [[2.0, 0.0, 1.0, 0.5], [0.0, 2.0, 0.0, 1.0], [1.0, 0.0, 2.0, 0.0], [0.5, 1.0, 0.0, 2.0]]
+    )
+    positives = positives_mask(verbs, nouns)
+    assert positives.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    first = log(exp(2) + 1 + exp(1) + exp(0.5)) - log(exp(2) + exp(1))
+    second = log(exp(2) + exp(1) + 2) - 2
+    third = log(exp(2) + exp(1) + 2) - log(exp(2) + exp(1))
+    fourth = log(exp(2) + exp(1) + exp(0.5) + 1) - 2
+    # The logits are symmetric, so both directions are the same.
+    assert float(ego_nce(logits, positives)) == pytest.approx((first + second + third + fourth) / 2, rel=1e-6)
+    for seed in range(30):
+        negatives = sample_negatives(logits, positives, _generator(seed))
+        assert not positives[torch.arange(4), negatives.video_of_text_B].any()
+        assert not positives[negatives.text_of_video_B, torch.arange(4)].any()
+
+
 def test_negatives_are_never_positives_and_follow_the_softmax() -> None:
     logits = torch.tensor([[9.0, 2.0, 1.0], [2.0, 9.0, 0.0], [1.0, 0.0, 9.0]])
     positives = torch.eye(3, dtype=torch.bool)

@@ -86,3 +86,13 @@ def test_retrieval_counts_ties_against_the_query_and_takes_targets() -> None:
     assert retrieval(similarity, torch.tensor([2])).median_rank == 3
     with pytest.raises(ValueError, match="name the targets"):
         retrieval(similarity)
+
+
+def test_the_best_of_several_targets_counts_and_the_others_are_not_in_its_way() -> None:
+    similarity = torch.tensor([[3.0, 1.0, 2.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    targets = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]]).bool()
+    score = retrieval(similarity, targets)
+    assert score.recall_1 == 50
+    assert score.median_rank == 2
+    with pytest.raises(ValueError, match=r"queries \[1\] have no target"):
+        retrieval(similarity, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]).bool())

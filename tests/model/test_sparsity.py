@@ -6,12 +6,15 @@ import torch
 from model.config import VideoConfig
 from model.sparsity import (
     EdgeLayout,
+    choose_random_blocks,
     draw_edge_layout,
     draw_layouts,
+    draw_node_scores,
     keep_patches,
+    local_blocks,
     select_patches,
-    token_order,
 )
+from model.token_order import token_order
 
 
 def _draw(num_patches: int, size: int, num_local: int, num_random: int, seed: int = 0) -> EdgeLayout:
@@ -37,6 +40,48 @@ def test_every_block_is_listed_once_and_random_ones_are_not_local(
 
 def test_local_blocks_do_not_wrap_round_the_ends() -> None:
     assert _draw(16, 4, 3, 0).key_blocks_SK.tolist() == [[-1, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, -1]]
+
+
+def test_a_circular_window_wraps_and_lists_a_block_once() -> None:
+    generator = torch.Generator()
+    assert draw_edge_layout(16, 4, 3, 0, generator, circular=True).key_blocks_SK.tolist() == [
+        [3, 0, 1],
+        [0, 1, 2],
+        [1, 2, 3],
+        [2, 3, 0],
+    ]
+    # Two blocks, a window of three: the neighbour on both sides is the same one.
+    assert draw_edge_layout(8, 4, 3, 0, generator, circular=True).key_blocks_SK.tolist() == [
+        [1, 0, -1],
+        [0, 1, -1],
+    ]
+    both = draw_edge_layout(24, 4, 3, 9, generator, circular=True).key_blocks_SK
+    assert both.sort(dim=1).values.tolist() == [list(range(6))] * 6
+
+
+def test_the_published_draw_repeats_local_blocks_when_others_run_out() -> None:
+    layout = draw_edge_layout(8, 4, 1, 2, torch.Generator(), quirks=True)
+    assert layout.key_blocks_SK.tolist() == [[0, 0, 1], [1, 0, 1]]
+    wrapped = draw_edge_layout(8, 4, 3, 0, torch.Generator(), quirks=True)
+    assert wrapped.key_blocks_SK.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_random_blocks_are_those_of_the_highest_numbers_that_are_not_local() -> None:
+    uniform = torch.tensor(
+        [[0.9, 0.1, 0.2, 0.3], [0.4, 0.9, 0.1, 0.3], [0.5, 0.6, 0.9, 0.1], [0.2, 0.1, 0.3, 0.9]]
+    )
+    own = local_blocks(4, 1)
+    assert choose_random_blocks(uniform, own, 2).tolist() == [[2, 3], [0, 3], [0, 1], [0, 2]]
+    assert choose_random_blocks(uniform, own, 9).tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    near = local_blocks(4, 3)
+    assert choose_random_blocks(uniform, near, 2).tolist() == [[2, 3], [3, -1], [0, -1], [0, 1]]
+
+
+def test_random_node_scores_are_a_function_of_seed_and_layer() -> None:
+    scores = draw_node_scores(20, 3, 1)
+    assert torch.equal(scores, draw_node_scores(20, 3, 1))
+    assert not torch.equal(scores, draw_node_scores(20, 4, 1))
+    assert not torch.equal(scores, draw_node_scores(20, 3, 2))
 
 
 def test_dense_mask_by_hand() -> None:
@@ -106,6 +151,14 @@ def test_the_curve_runs_through_time_first() -> None:
     assert token_order(config).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
 
 
-def test_the_curve_visits_every_patch_of_an_uneven_grid_once() -> None:
-    config = VideoConfig(num_frames=3, image_size=80, num_random_blocks=None, token_order="zcurve")
+@pytest.mark.parametrize("curve", ["zcurve", "hilbert"])
+def test_curves_visit_every_patch_of_an_uneven_grid_once(curve: str) -> None:
+    config = VideoConfig(num_frames=3, image_size=80, num_random_blocks=None, token_order=curve)
     assert token_order(config).sort().values.tolist() == list(range(75))
+
+
+def test_successive_patches_on_the_hilbert_curve_are_neighbours() -> None:
+    config = VideoConfig(num_frames=8, image_size=128, num_random_blocks=None, token_order="hilbert")
+    order = token_order(config)
+    places = torch.stack([order // 64, order // 8 % 8, order % 8], dim=1)
+    assert ((places[1:] - places[:-1]).abs().sum(dim=1) == 1).all()

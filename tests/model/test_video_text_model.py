@@ -7,7 +7,7 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import ModelInputError
-from model.losses import ego_nce, positives_mask
+from model.losses import ego_nce, info_nce, positives_mask
 from model.step_key import StepKey
 from model.video_text_model import LossTerms, VideoTextModel
 from tests.model.tiny import tiny_batch, tiny_config
@@ -44,6 +44,31 @@ def test_contrastive_term_is_ego_nce_of_the_features() -> None:
         expected = ego_nce(text @ video.T / 0.05, positives_mask(batch.verbs, batch.nouns), "mean")
     torch.testing.assert_close(terms.vtc, expected)
     torch.testing.assert_close(video.norm(dim=1), torch.ones(6))
+
+
+def test_contrastive_term_of_svitt_is_info_nce_of_the_features() -> None:
+    config = tiny_config(vtc_loss="info_nce", vtc_positives="identity", vtc_directions="mean")
+    model, batch = _model(config).eval(), tiny_batch(config)
+    clips = torch.tensor([0, 0, 2, 3, 4, 5])
+    with torch.no_grad():
+        terms = model(*batch, StepKey(0, 0), clip_index_B=clips)
+        video = model.encode_video(batch.video).features_BP
+        text = model.encode_text(batch.text_ids, batch.text_mask).features_BP
+        expected = info_nce(text @ video.T / 0.05, clips[:, None] == clips)
+    torch.testing.assert_close(terms.vtc, expected)
+
+
+def test_random_multimodal_pruning_is_keyed_and_the_same_for_all_pairs() -> None:
+    model = _model(tiny_config(multimodal_keep_rate=0.5, multimodal_score="random")).eval()
+    batch = tiny_batch(model.config)
+    video = model.encode_video(batch.video).tokens_BMD
+    states = model.encode_text(batch.text_ids, batch.text_mask).states_BLD
+    (kept,) = model.fuse(states, batch.text_mask, video).keep_indices
+    assert kept.shape == (6, 6)
+    assert (kept == kept[0]).all()
+    assert torch.equal(kept, model.fuse(states, batch.text_mask, video).keep_indices[0])
+    assert not torch.equal(kept, model.fuse(states, batch.text_mask, video, seed=5).keep_indices[0])
+    assert _terms(model.train(), StepKey(0, 0)).total.isfinite()
 
 
 def test_a_step_repeats_exactly_and_steps_and_ranks_differ() -> None:
@@ -132,9 +157,19 @@ def test_temperature_is_clamped_in_value_but_keeps_its_gradient() -> None:
     assert float(model.learned_temperature.grad) != 0
 
 
-def test_the_smallest_temperature_stays_finite() -> None:
-    terms = _terms(_model(tiny_config(temperature=0.001)), StepKey(0, 0))
-    assert terms.total.isfinite()
+@pytest.mark.parametrize("num_clips", [1, 2, 6])
+@pytest.mark.parametrize("same_tags", [True, False])
+def test_the_smallest_temperature_stays_finite(num_clips: int, same_tags: bool) -> None:
+    model = _model(tiny_config(temperature=0.001, learn_temperature=True))
+    batch = tiny_batch(model.config).rows(slice(0, num_clips))
+    if same_tags:
+        batch = batch._replace(verbs=torch.ones_like(batch.verbs), nouns=torch.ones_like(batch.nouns))
+    terms = model(*batch, StepKey(0, 0))
+    terms.total.backward()
+    assert all(term.isfinite() for term in terms)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    has_negatives = num_clips > 2 and not same_tags
+    assert (float(terms.vtm.detach()) > 0) == has_negatives
 
 
 def test_multimodal_pruning_of_rate_one_changes_nothing_and_cls_stays() -> None:
