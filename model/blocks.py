@@ -39,16 +39,12 @@ class VideoAttention(nn.Module):
         with_cls_scores: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Mixed tokens (B, N, D), and the CLS query's attention to patches (B, n) if asked for."""
-        num_clips, num_tokens, width = tokens_BND.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = functional.linear(tokens_BND, self.qkv_weight, bias)
-        # One copy to heads first, where the attention works without further ones.
-        q, k, v = qkv.view(num_clips, num_tokens, 3, self.num_heads, -1).permute(2, 3, 0, 1, 4).contiguous()
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        qkv = functional.linear(tokens_BND, self.qkv_weight, bias).unflatten(-1, (3, self.num_heads, -1))
         mixed, scores = sparse_attention(
-            q, k, v, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=with_cls_scores
+            qkv, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=with_cls_scores
         )
-        return self.output(mixed.transpose(1, 2).reshape(num_clips, num_tokens, width)), scores
+        return self.output(mixed.flatten(2)), scores
 
 
 class PatchEmbedding(nn.Module):
