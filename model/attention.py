@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.attention_blocks import attend_in_blocks, hidden
-from model.attention_fused import FUSED_DTYPES, block_attention, load_kernel, unavailable_reason
+from model.attention_fused import (
+    FUSED_DTYPES,
+    FusedUnavailableError,
+    block_attention,
+    unavailable_reason,
+    warn_if_unavailable,
+)
 from model.sparsity import EdgeLayout
 
 Backend = Literal["auto", "reference", "blocks", "fused"]
@@ -68,7 +74,7 @@ def sparse_attention(
     num_patches = qkv_BN3AE.shape[1] - 1
     if layout is not None and layout.num_patches != num_patches:
         raise ValueError(f"layout is for {layout.num_patches} patches, got {num_patches}")
-    chosen = choose_backend(qkv_BN3AE, backend)
+    chosen = choose_backend(qkv_BN3AE.device, qkv_BN3AE.dtype, backend)
     if chosen == "reference":
         return _reference(qkv_BN3AE, codes, bias_table, layout, key_mask, with_cls_scores)
     if chosen == "blocks":
@@ -81,18 +87,20 @@ def sparse_attention(
     return AttentionOutput(out, cls_weights.mean(dim=1) if with_cls_scores else None)
 
 
-def choose_backend(qkv_BN3AE: Tensor, backend: Backend) -> Backend:
+# Under torch.compile the choice is made once, while tracing.
+@torch.compiler.assume_constant_result
+def choose_backend(device: torch.device, dtype: torch.dtype, backend: Backend) -> Backend:
     """The backend that `auto` takes for this input, or the one asked for. Raises as `sparse_attention`."""
-    fits = qkv_BN3AE.device.type == "cpu" and qkv_BN3AE.dtype in FUSED_DTYPES
-    if backend == "fused":
-        if not fits:
-            raise ValueError(
-                f"attention_backend fused takes float32 or bfloat16 on the CPU, got {qkv_BN3AE.dtype} on "
-                f"{qkv_BN3AE.device}; set attention_backend: auto"
-            )
-        load_kernel()
+    fits = device.type == "cpu" and dtype in FUSED_DTYPES
     if backend == "auto":
-        return "fused" if fits and unavailable_reason() is None else "blocks"
+        return "fused" if fits and warn_if_unavailable() else "blocks"
+    if backend == "fused" and not fits:
+        raise ValueError(
+            f"attention_backend fused takes float32 or bfloat16 on the CPU, got {dtype} on {device}; "
+            "set attention_backend: auto"
+        )
+    if backend == "fused" and (reason := unavailable_reason()) is not None:
+        raise FusedUnavailableError(f"attention_backend fused cannot be had: {reason}; set it to auto")
     return backend
 
 

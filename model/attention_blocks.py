@@ -63,6 +63,9 @@ class _Plan:
         self.qkv, self.codes, self.layout, self.key_mask = qkv, codes, layout, key_mask
         self.num_clips, self.num_tokens, _, self.num_heads, self.width = qkv.shape
         self.num_rows = table.shape[0]
+        # Sums of many small terms: half precision is worked through in float32.
+        self.dtype = torch.promote_types(qkv.dtype, torch.float32)
+        table = table.to(self.dtype)
         # One more row for keys that are not seen. One head after the other, so that lookups run along memory.
         unseen = table.new_full((self.num_heads, 1), float("-inf"))
         self.table_AR = torch.cat([table.T, unseen], dim=1)
@@ -87,12 +90,16 @@ class _Plan:
         rows = queries.unsqueeze(-1) - keys.unsqueeze(-2) + (self.num_rows - 4) // 2
         rows.clamp_(0, self.num_rows - 4)
         rows[..., 0] = self.num_rows - 2
-        seen = self.valid_SW if self.key_mask is None else self.valid_SW & self.key_mask[clips][:, self.tokens_SW]
+        seen = (
+            self.valid_SW
+            if self.key_mask is None
+            else self.valid_SW & self.key_mask[clips][:, self.tokens_SW]
+        )
         return torch.where(seen.unsqueeze(-2), rows, self.num_rows)
 
     def heads_of(self, tensor_BNAE: Tensor, clips: slice, heads: slice) -> Tensor:
         """(X, N, E) of one part, contiguous."""
-        return tensor_BNAE[clips, :, heads].transpose(1, 2).flatten(0, 1).contiguous()
+        return tensor_BNAE[clips, :, heads].transpose(1, 2).flatten(0, 1).to(self.dtype).contiguous()
 
     def part(self, clips: slice, heads: slice) -> _Part:
         q, k, v = (self.heads_of(self.qkv[:, :, i], clips, heads) for i in range(3))
@@ -137,7 +144,9 @@ class _Plan:
         by_block = grads.view(-1, num_blocks, grads.shape[1], self.width)
         total = functional.pad(cls_grads_XNE, (0, 0, 0, self.padding))
         total[:, 0] += by_block[:, :, 0].sum(dim=1)
-        patches = torch.zeros(len(total) * num_blocks, size * self.width, dtype=total.dtype, device=total.device)
+        patches = torch.zeros(
+            len(total) * num_blocks, size * self.width, dtype=total.dtype, device=total.device
+        )
         # An unused place holds zeros, so it may be added to any block.
         listed = self.layout.key_blocks_SK.clamp_min(0).flatten()
         index = listed + torch.arange(len(total), device=listed.device)[:, None] * num_blocks
@@ -153,7 +162,7 @@ class _BlockAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         plan = _Plan(qkv, table, codes, layout, key_mask)
         out = qkv.new_empty(plan.num_clips, plan.num_tokens, plan.num_heads, plan.width)
-        cls_out = qkv.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens - 1)
+        cls_out = plan.table_AR.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens - 1)
         for clips, heads in plan.parts():
             part, rows = plan.part(clips, heads), plan.rows(clips)
             mixed = torch.bmm(plan.weights(part, rows, heads), part.v_blocks)
@@ -191,7 +200,9 @@ class _BlockAttention(torch.autograd.Function):
             grad_blocks = plan.blocks(grad_XNE)
             dv = torch.bmm(weights.transpose(1, 2), grad_blocks)
             grad_scores = torch.bmm(grad_blocks, part.v_blocks.transpose(1, 2))
-            grad_scores.sub_(functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding)).view(-1, plan.layout.block_size, 1))
+            grad_scores.sub_(
+                functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding)).view(-1, plan.layout.block_size, 1)
+            )
             grad_scores.mul_(weights)
             dq = torch.bmm(grad_scores, part.k_blocks)
             dk = torch.bmm(grad_scores.transpose(1, 2), part.q_blocks)
@@ -202,7 +213,7 @@ class _BlockAttention(torch.autograd.Function):
             for place, (grads, cls_grads) in enumerate(((dk, dk_cls), (dv, dv_cls)), start=1):
                 summed = plan.sum_keys(grads, cls_grads)
                 target[:, :, place] = summed.unflatten(0, (-1, target.shape[3])).transpose(1, 2)
-        return grad_qkv, grad_table[:, :-1].T.contiguous(), None, None, None
+        return grad_qkv, grad_table[:, :-1].T.contiguous().to(table.dtype), None, None, None
 
 
 def _add_to_table(grad_AR: Tensor, rows: Tensor, grad_scores: Tensor) -> None:

@@ -24,7 +24,16 @@ from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("block_attention.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
 _COMPILERS = ("g++", "c++", "clang++")
 _COMPILE_TIMEOUT_S = 300
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
@@ -42,9 +51,7 @@ def load_kernel() -> ctypes.CDLL:
         raise FusedUnavailableError(f"no C++ compiler found (looked for {', '.join(_COMPILERS)})")
     try:
         library = _library_path(compiler)
-        if not library.exists():
-            _compile(compiler, library)
-        kernel = ctypes.CDLL(str(library))
+        kernel = _load_or_build(compiler, library)
     except (OSError, subprocess.SubprocessError) as error:
         raise FusedUnavailableError(f"building or loading it with {compiler} failed: {error}") from error
     kernel.svitt_check.restype = ctypes.c_char_p
@@ -54,13 +61,33 @@ def load_kernel() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def unavailable_reason() -> str | None:
-    """None where the kernel can be used, else why not, said once as a warning of the log."""
+    """None where the kernel can be used, else why not. Builds it at the first call."""
     try:
         load_kernel()
     except FusedUnavailableError as error:
-        _LOG.warning("attention runs without its compiled CPU kernel, slower and with more memory: %s", error)
         return str(error)
     return None
+
+
+@lru_cache(maxsize=1)
+def warn_if_unavailable() -> bool:
+    """True where the kernel can be used. Where not, the reason is said once as a warning of the log."""
+    reason = unavailable_reason()
+    if reason is not None:
+        _LOG.warning(
+            "attention runs without its compiled CPU kernel, slower and with more memory: %s", reason
+        )
+    return reason is None
+
+
+def _load_or_build(compiler: str, library: Path) -> ctypes.CDLL:
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            _LOG.warning("building the CPU attention kernel again: %s is damaged (%s)", library, error)
+    _compile(compiler, library)
+    return ctypes.CDLL(str(library))
 
 
 def _library_path(compiler: str) -> Path:
@@ -111,12 +138,21 @@ class _Problem(ctypes.Structure):
     """`Problem` of block_attention.cpp, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "width", "table_rows", "block_size")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "tokens", "width", "table_rows", "block_size")
+        ),
         *((name, ctypes.c_int64) for name in ("slots", "codes_stride")),
         *((f"stride_{name}", ctypes.c_int64) for name in ("batch", "token", "part", "head")),
         *((name, ctypes.c_int64) for name in ("bf16", "threads", "groups")),
-        *((name, ctypes.c_void_p) for name in ("qkv", "table", "codes", "key_blocks", "key_mask", "out", "lse")),
-        *((name, ctypes.c_void_p) for name in ("cls_weights", "grad_out", "grad_qkv", "grad_table", "scratch")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("qkv", "table", "codes", "key_blocks", "key_mask", "out", "lse")
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("cls_weights", "grad_out", "grad_qkv", "grad_table", "scratch")
+        ),
         ("parallel", ctypes.c_void_p),
     )
 
@@ -131,7 +167,12 @@ def _openmp_parallel() -> int | None:
 
 
 def _problem(
-    qkv: Tensor, table: Tensor, codes: Tensor, key_blocks: Tensor | None, block_size: int, key_mask: Tensor | None
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    key_blocks: Tensor | None,
+    block_size: int,
+    key_mask: Tensor | None,
 ) -> _Problem:
     num_clips, num_tokens, _, num_heads, width = qkv.shape
     return _Problem(

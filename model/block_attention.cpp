@@ -93,6 +93,13 @@ inline vec gather(const float* base, ivec index) {
 #endif
 }
 
+// Keeps a loaded vector in its register: GCC would load it anew for every product, and loads are the limit.
+inline void keep_loaded(vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+}
+
 inline float sum_lanes(vec v) {
   float s = 0;
   for (int i = 0; i < L; ++i) s += v[i];
@@ -117,14 +124,15 @@ inline void product_tile(int R, const float* a, int64_t step_m, int64_t step_r, 
       for (int m = 0; m < MR; ++m) left[m] = splat(a[m * step_m]);
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) {
-        const vec right = load(b + j * L);
+        vec right = load(b + j * L);
+        keep_loaded(right);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) acc[m][j] += left[m] * right;
       }
     } else {
       vec right[NV];
 #pragma GCC unroll 16
-      for (int j = 0; j < NV; ++j) right[j] = load(b + j * L);
+      for (int j = 0; j < NV; ++j) keep_loaded(right[j] = load(b + j * L));
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         const vec left = splat(a[m * step_m]);
@@ -202,6 +210,13 @@ inline void write_row(void* to, int64_t at, const float* from, int width, float 
     for (int e = 0; e < width; ++e) ((float*)to)[at + e] = scale * from[e];
 }
 
+// Rows of one head lie pages apart, where the processor does not foresee the next: it is told a few rows ahead.
+constexpr int AHEAD = 8;
+inline void expect_row(const void* from, int64_t at, int width, bool bf16) {
+  const char* row = (const char*)from + at * (bf16 ? 2 : 4);
+  for (int byte = 0; byte < width * (bf16 ? 2 : 4); byte += 64) __builtin_prefetch(row + byte);
+}
+
 // Buffers of one thread, cut from its part of the scratch.
 struct Buffers {
   float *k, *v, *dk, *dv, *table, *dtable, *q, *dout, *q_lanes, *dout_lanes, *result, *scores, *dscores;
@@ -251,6 +266,7 @@ class Head {
       : p_(p), n_(int(p.tokens)), width_(int(p.width)), wide_(int(round_up(p.width, L))), vecs_(wide_ / L) {
     Buffers::layout(p, scratch, &at_);
     for (float* rows : {at_.q, at_.dout}) std::fill(rows, rows + TILE * wide_, 0.0f);  // lanes past the width
+    if (wide_ == width_) return;
     std::fill(at_.k, at_.k + n_ * wide_, 0.0f);
     std::fill(at_.v, at_.v + n_ * wide_, 0.0f);
   }
@@ -283,6 +299,9 @@ class Head {
     backward_cls();
     each_tile([&](Tile& tile) { backward_tile(tile); });
     for (int i = 0; i < n_; ++i) {
+      const int later = std::min(i + AHEAD, n_ - 1);
+      expect_row(p_.grad_qkv, grad_at(later, 1), width_, p_.bf16);
+      expect_row(p_.grad_qkv, grad_at(later, 2), width_, p_.bf16);
       write_row(p_.grad_qkv, grad_at(i, 1), at_.dk + i * wide_, width_, 1.0f, p_.bf16);
       write_row(p_.grad_qkv, grad_at(i, 2), at_.dv + i * wide_, width_, 1.0f, p_.bf16);
     }
@@ -310,6 +329,9 @@ class Head {
   void pack(int64_t sample) {
     sample_ = sample;
     for (int i = 0; i < n_; ++i) {
+      const int later = std::min(i + AHEAD, n_ - 1);
+      expect_row(p_.qkv, qkv_at(later, 1), width_, p_.bf16);
+      expect_row(p_.qkv, qkv_at(later, 2), width_, p_.bf16);
       read_row(at_.k + i * wide_, p_.qkv, qkv_at(i, 1), width_, 1.0f, p_.bf16);
       read_row(at_.v + i * wide_, p_.qkv, qkv_at(i, 2), width_, 1.0f, p_.bf16);
     }
@@ -368,8 +390,10 @@ class Head {
   // Rows of a tile as they are, and transposed so that queries run along lanes.
   template <class At>
   void pack_queries(const Tile& tile, float* rows, float* lanes, const void* from, float scale, At at) {
-    for (int i = 0; i < tile.count; ++i)
+    for (int i = 0; i < tile.count; ++i) {
+      expect_row(from, at(1 + tile.first + std::min(i + AHEAD, tile.count - 1)), width_, p_.bf16);
       read_row(rows + i * wide_, from, at(1 + tile.first + i), width_, scale, p_.bf16);
+    }
     for (int e = 0; e < width_; ++e) {
       float* to = lanes + e * tile.stride;
       for (int i = 0; i < tile.count; ++i) to[i] = rows[i * wide_ + e];
@@ -389,19 +413,21 @@ class Head {
       for (int k = from; k < to; ++k) use(k, gather(bias_, tile.codes[j] - codes[k]));
   }
 
+  // Key by key: the next vector that meets the same rows then comes late enough for its loads to find them stored.
   void add_bias_gradient(const Tile& tile, const int32_t* codes, int count) {
-    for (int j = 0; j < tile.num_vecs; ++j) {
-      float *low = dbias_ + tile.low_base[j], *high = dbias_ + tile.high_base[j];
-      const float* grad = at_.dscores + j * L;
-      for (int k = 0; k < count; ++k, grad += tile.stride) {
+    for (int k = 0; k < count; ++k) {
+      float* rows = dbias_ - codes[k];
+      const float* grad = at_.dscores + k * tile.stride;
+      for (int j = 0; j < tile.num_vecs; ++j, grad += L) {
+        float *low = rows + tile.low_base[j], *high = rows + tile.high_base[j];
         const vec g = load(grad);
         if (tile.kind[j] == Tile::RUN) {
-          store(low - codes[k], load(low - codes[k]) + g);
-        } else if (tile.kind[j] == Tile::TWO_RUNS) {
-          store(low - codes[k], load(low - codes[k]) + (tile.low[j] ? g : vec{}));
-          store(high - codes[k], load(high - codes[k]) + (tile.low[j] ? vec{} : g));
+          store(low, load(low) + g);
+        } else if (tile.kind[j] == Tile::TWO_RUNS && high - low >= L) {
+          store(low, load(low) + (tile.low[j] ? g : vec{}));
+          store(high, load(high) + (tile.low[j] ? vec{} : g));
         } else {
-          for (int i = 0; i < L; ++i) dbias_[tile.codes[j][i] - codes[k]] += grad[i];
+          for (int i = 0; i < L; ++i) rows[tile.codes[j][i]] += grad[i];
         }
       }
     }
@@ -480,6 +506,7 @@ class Head {
     for (int i = 0; i < tile.stride; ++i) {
       // Lanes past the last query: weight 0.
       lse_row[i] = i < tile.count ? lse()[1 + tile.first + i] : INFINITY;
+      if (i + AHEAD < tile.count) expect_row(p_.out, out_at(1 + tile.first + i + AHEAD), width_, p_.bf16);
       delta_row[i] = i < tile.count ? dot_with_out(1 + tile.first + i, at_.dout + i * wide_) : 0.0f;
     }
     std::fill(at_.result, at_.result + tile.count * wide_, 0.0f);

@@ -101,7 +101,7 @@ def _layouts(mode: str, model: VideoTextModel, vectors: dict[str, Tensor]) -> li
     return layouts
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "blocks", "fused"])
 @pytest.mark.parametrize("mode", list(SPARSITY))
 def test_encoder_equals_the_published_code(mode: str, backend: str) -> None:
     vectors = _vectors("encoder_T4")
@@ -118,6 +118,8 @@ def test_encoder_equals_the_published_code(mode: str, backend: str) -> None:
     if model.config.video.keep_rate < 1:
         for layer, kept in zip((3, 6, 9), encoding.keep_indices, strict=True):
             assert torch.equal(kept, vectors[f"{mode}/kept_layer{layer:02d}"])
+    if backend == "fused":  # computes in float32
+        return
     with torch.inference_mode():
         exact = model.double().video_encoder(video.double(), layouts=layouts)
     torch.testing.assert_close(exact.pooled_BD, vectors[f"{mode}/pooled_f64"], atol=1e-9, rtol=0)

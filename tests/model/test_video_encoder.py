@@ -34,15 +34,15 @@ def test_survivors_are_nested_ascending_and_counted() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 27])
-def test_both_backends_give_the_same_encoding_and_gradients(size: int) -> None:
+def test_plain_torch_backends_give_the_same_encoding_and_gradients(size: int) -> None:
     results = []
-    for backend in ("reference", "gather"):
+    for backend in ("reference", "blocks"):
         encoder = _encoder(attention_backend=backend, block_size=size).double()
         encoding = encoder(_clips().double(), edge_seed=5)
         encoding.pooled_BD.square().sum().backward()
         results.append([encoding.tokens_BMD, *encoding.keep_indices, *(p.grad for p in encoder.parameters())])
-    for reference, gather in zip(*results, strict=True):
-        torch.testing.assert_close(reference, gather)
+    for reference, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(reference, blocks)
 
 
 def test_evaluation_repeats_and_another_seed_changes_only_sparse_encoders() -> None:
@@ -69,7 +69,7 @@ def test_one_frame_with_pruning_and_more_random_blocks_than_are_left_runs() -> N
 def test_all_blocks_equal_the_dense_encoder() -> None:
     clips = _clips()
     torch.testing.assert_close(
-        _encoder(num_random_blocks=6, attention_backend="gather")(clips).tokens_BMD,
+        _encoder(num_random_blocks=6, attention_backend="blocks")(clips).tokens_BMD,
         _encoder(num_random_blocks=None)(clips).tokens_BMD,
         atol=1e-5,
         rtol=1e-4,
