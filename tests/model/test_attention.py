@@ -257,7 +257,7 @@ def test_the_fused_kernel_refuses_what_it_would_read_out_of_bounds() -> None:
 
 def test_fused_is_refused_for_a_type_that_it_does_not_know() -> None:
     qkv, table = _inputs(18, torch.float64)
-    with pytest.raises(ValueError, match="takes float32 or bfloat16 on the CPU, got torch.float64"):
+    with pytest.raises(ValueError, match=r"takes float32 or bfloat16 on the CPU, got torch\.float64"):
         sparse_attention(qkv, _codes(None), table, backend="fused")
 
 

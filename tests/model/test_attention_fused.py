@@ -18,7 +18,6 @@ from model.sparsity import draw_edge_layout
 from model.video_encoder import VideoEncoder
 from tests.model.tiny import tiny_batch, tiny_config
 
-
 CACHED = (load_kernel, attention_fused.unavailable_reason, attention_fused.warn_if_unavailable)
 
 
@@ -115,7 +114,7 @@ def test_a_compiler_that_fails_is_named_with_its_words_and_leaves_nothing_behind
         FusedUnavailableError, match=r"could not compile .*block_attention.cpp[\s\S]*no-such-flag"
     ):
         load_kernel()
-    assert [path for path in (fresh_build / ".cache" / "svitt").iterdir()] == []
+    assert list((fresh_build / ".cache" / "svitt").iterdir()) == []
 
 
 def test_a_damaged_library_is_built_again(fresh_build: Path) -> None:
