@@ -52,14 +52,14 @@ def prepare_worker(num_threads: int) -> None:
 def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed memory instead of handing large blocks back to the kernel at every step.
 
-    A step allocates the same tensors again and again; each return costs their page faults, 5 to 30 page faults a
-    clip on a CPU. Returns False where the C library is another one, which then stays as it is.
+    A step allocates the same tensors again and again, and each return costs their page faults anew. Returns
+    False where the C library is another one, which then stays as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     settings = ((_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES - 1))
-    return all([bool(mallopt(name, value)) for name, value in settings])
+    return all(bool(mallopt(name, value)) for name, value in settings)
 
 
 def provenance(repository: Path | None = None) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Attention of patches and CLS with relative position bias, dense or over selected blocks.
 
-Two backends of one signature: `reference` (readable: all scores, mask, softmax) and `gather` (only the
-selected blocks). Both see the same keys, so values and gradients agree. Inside, heads come first: that is how
-the bias is stored, and the caller's tensors may be views of such memory.
+One function and its backends, which see the same keys, so that values and gradients agree:
+
+* `reference`: all scores, mask, softmax, in this file; what the others are tested against;
+* `blocks`: the selected keys only, in plain torch, recomputed in the backward pass (`attention_blocks`);
+* `fused`: a compiled CPU kernel that also looks the bias up inside (`attention_fused`).
 
 Position codes. The table row of a query at (t, h, w) and a key at (t', h', w') is
 ((t-t'+T-1)(2H-1) + (h-h'+H-1))(2W-1) + (w-w'+W-1), which is code(query) - code(key) + centre with
@@ -17,9 +19,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from model.attention_blocks import attend_in_blocks, hidden
+from model.attention_fused import (
+    FUSED_DTYPES,
+    FusedUnavailableError,
+    block_attention,
+    unavailable_reason,
+    warn_if_unavailable,
+)
 from model.sparsity import EdgeLayout
 
-Backend = Literal["auto", "reference", "gather"]
+Backend = Literal["auto", "reference", "blocks", "fused"]
 
 
 class AttentionOutput(NamedTuple):
@@ -27,7 +37,7 @@ class AttentionOutput(NamedTuple):
     for.
     """
 
-    values_BANE: Float[Tensor, "B A N E"]
+    values_BNAE: Float[Tensor, "B N A E"]
     cls_scores_BN: Float[Tensor, "B n"] | None
 
 
@@ -45,9 +55,7 @@ def token_codes(
 
 
 def sparse_attention(
-    q_BANE: Float[Tensor, "B A N E"],
-    k_BANE: Float[Tensor, "B A N E"],
-    v_BANE: Float[Tensor, "B A N E"],
+    qkv_BN3AE: Float[Tensor, "B N 3 A E"],
     codes: Int[Tensor, "*B n"],
     bias_table: Float[Tensor, "R A"],
     layout: EdgeLayout | None = None,
@@ -58,122 +66,70 @@ def sparse_attention(
 ) -> AttentionOutput:
     """softmax(q k / sqrt(E) + bias) v over the keys that each query sees; token 0 is CLS.
 
-    `codes` are (n,) when all samples hold the same patches, else (B, n), with N = n + 1. `layout` None is
-    dense. `key_mask` is False at keys that nobody may see; CLS must be True. Returns values and CLS scores.
+    Queries, keys and values come as one tensor, as their projection leaves them. `codes` are (n,) when all
+    samples hold the same patches, else (B, n), with N = n + 1. `layout` None is dense. `key_mask` is False at
+    keys that nobody may see; CLS must be True. Raises ValueError for a layout of another length or a backend
+    that cannot take this input, FusedUnavailableError when `fused` is asked for and cannot be built.
     """
-    if layout is not None and layout.num_patches != q_BANE.shape[2] - 1:
-        raise ValueError(f"layout is for {layout.num_patches} patches, got {q_BANE.shape[2] - 1}")
-    use_gather = layout is not None and (
-        backend == "gather" or (backend == "auto" and _gather_is_faster(layout, q_BANE.shape[2]))
-    )
-    if layout is not None and use_gather:
-        return _gather(q_BANE, k_BANE, v_BANE, codes, bias_table, layout, key_mask, with_cls_scores)
-    return _reference(q_BANE, k_BANE, v_BANE, codes, bias_table, layout, key_mask, with_cls_scores)
+    num_patches = qkv_BN3AE.shape[1] - 1
+    if layout is not None and layout.num_patches != num_patches:
+        raise ValueError(f"layout is for {layout.num_patches} patches, got {num_patches}")
+    chosen = choose_backend(qkv_BN3AE.device, qkv_BN3AE.dtype, backend)
+    if chosen == "reference":
+        return _reference(qkv_BN3AE, codes, bias_table, layout, key_mask, with_cls_scores)
+    if chosen == "blocks":
+        out, cls_weights = attend_in_blocks(qkv_BN3AE, codes, bias_table, layout, key_mask)
+    else:
+        blocks, size = (None, num_patches) if layout is None else (layout.key_blocks_SK, layout.block_size)
+        out, _, cls_weights = block_attention(
+            qkv_BN3AE, bias_table, codes, blocks, size, key_mask, with_cls_scores
+        )
+    return AttentionOutput(out, cls_weights.mean(dim=1) if with_cls_scores else None)
 
 
-def _gather_is_faster(layout: EdgeLayout, num_tokens: int) -> bool:
-    # Copying the selected keys pays only where most of them are left out.
-    return 3 * layout.keys_per_query < num_tokens
+# Under torch.compile the choice is made once, while tracing.
+@torch.compiler.assume_constant_result
+def choose_backend(device: torch.device, dtype: torch.dtype, backend: Backend) -> Backend:
+    """The backend that `auto` takes for this input, or the one asked for. Raises as `sparse_attention`."""
+    fits = device.type == "cpu" and dtype in FUSED_DTYPES
+    if backend == "auto":
+        return "fused" if fits and warn_if_unavailable() else "blocks"
+    if backend == "fused" and not fits:
+        raise ValueError(
+            f"attention_backend fused takes float32 or bfloat16 on the CPU, got {dtype} on {device}; "
+            "set attention_backend: auto"
+        )
+    if backend == "fused" and (reason := unavailable_reason()) is not None:
+        raise FusedUnavailableError(f"attention_backend fused cannot be had: {reason}; set it to auto")
+    return backend
 
 
 def _reference(
-    q_BANE: Tensor,
-    k_BANE: Tensor,
-    v_BANE: Tensor,
+    qkv_BN3AE: Tensor,
     codes: Tensor,
     bias_table: Tensor,
     layout: EdgeLayout | None,
     key_mask: Tensor | None,
     with_cls_scores: bool,
 ) -> AttentionOutput:
-    q_ABNE, k_ABNE, v_ABNE = q_BANE.transpose(0, 1), k_BANE.transpose(0, 1), v_BANE.transpose(0, 1)
-    scores_ABNN = (q_ABNE * q_BANE.shape[-1] ** -0.5) @ k_ABNE.transpose(-1, -2)
-    scores_ABNN += _lookup(bias_table, _dense_rows(codes, bias_table.shape[0]))
+    # Heads first: that is how the bias is stored.
+    q_ABNE, k_ABNE, v_ABNE = qkv_BN3AE.permute(2, 3, 0, 1, 4)
+    scores_ABNN = (q_ABNE * q_ABNE.shape[-1] ** -0.5) @ k_ABNE.transpose(-1, -2)
+    bias = bias_table.T[:, _table_rows(codes, bias_table.shape[0])]
+    scores_ABNN = scores_ABNN + (bias if codes.dim() == 2 else bias.unsqueeze(1))
     if layout is not None:
-        scores_ABNN += _hidden(layout.dense_mask(), scores_ABNN)
+        scores_ABNN = scores_ABNN + hidden(layout.dense_mask(), scores_ABNN)
     if key_mask is not None:
-        scores_ABNN += _hidden(key_mask[:, None], scores_ABNN)
+        scores_ABNN = scores_ABNN + hidden(key_mask[:, None], scores_ABNN)
     weights_ABNN = scores_ABNN.softmax(dim=-1)
     cls_scores = weights_ABNN.detach()[:, :, 0, 1:].mean(dim=0) if with_cls_scores else None
-    return AttentionOutput((weights_ABNN @ v_ABNE).transpose(0, 1), cls_scores)
+    return AttentionOutput((weights_ABNN @ v_ABNE).permute(1, 2, 0, 3), cls_scores)
 
 
-def _gather(
-    q_BANE: Tensor,
-    k_BANE: Tensor,
-    v_BANE: Tensor,
-    codes: Tensor,
-    bias_table: Tensor,
-    layout: EdgeLayout,
-    key_mask: Tensor | None,
-    with_cls_scores: bool,
-) -> AttentionOutput:
-    num_clips, num_heads, num_tokens, head_width = q_BANE.shape
-    num_blocks, size = layout.num_blocks, layout.block_size
-    tokens_SW, valid_SW = layout.token_index()
-    num_keys = tokens_SW.shape[1]
-    # Heads and clips as one axis, heads first.
-    q_XNE, k_XNE, v_XNE = (x.transpose(0, 1).flatten(0, 1) for x in (q_BANE, k_BANE, v_BANE))
-    q_XNE = q_XNE * head_width**-0.5
-
-    padding = num_blocks * size - (num_tokens - 1)
-    q_blocks = functional.pad(q_XNE[:, 1:], (0, 0, 0, padding)).reshape(-1, size, head_width)
-    k_blocks = k_XNE.index_select(1, tokens_SW.flatten()).view(-1, num_keys, head_width)
-    v_blocks = v_XNE.index_select(1, tokens_SW.flatten()).view(-1, num_keys, head_width)
-    scores = torch.bmm(q_blocks, k_blocks.transpose(1, 2))
-    scores_ABSGW = scores.view(num_heads, num_clips, num_blocks, size, num_keys)
-    scores_ABSGW += _lookup(bias_table, _block_rows(codes, tokens_SW, padding, bias_table.shape[0]), 3)
-    scores_ABSGW += _hidden(valid_SW[:, None], scores_ABSGW)
-    if key_mask is not None:
-        scores_ABSGW += _hidden(key_mask[:, tokens_SW].unsqueeze(2), scores_ABSGW)
-    mixed = torch.bmm(scores_ABSGW.softmax(dim=-1).view(-1, size, num_keys), v_blocks)
-    mixed_XNE = mixed.view(-1, num_blocks * size, head_width)[:, : num_tokens - 1]
-
-    cls_bias_AN = torch.cat([bias_table[-1:], bias_table[-3:-2].expand(num_tokens - 1, -1)]).T
-    cls_logits_XN = torch.bmm(q_XNE[:, :1], k_XNE.transpose(1, 2)).squeeze(1)
-    cls_logits_ABN = cls_logits_XN.view(num_heads, num_clips, -1) + cls_bias_AN[:, None]
-    if key_mask is not None:
-        cls_logits_ABN += _hidden(key_mask, cls_logits_ABN)
-    cls_weights_ABN = cls_logits_ABN.softmax(dim=-1)
-    cls_mixed_X1E = torch.bmm(cls_weights_ABN.view(-1, 1, num_tokens), v_XNE)
-    cls_scores = cls_weights_ABN.detach()[:, :, 1:].mean(dim=0) if with_cls_scores else None
-    mixed_XNE = torch.cat([cls_mixed_X1E, mixed_XNE], dim=1)
-    return AttentionOutput(mixed_XNE.unflatten(0, (num_heads, num_clips)).transpose(0, 1), cls_scores)
-
-
-def _hidden(seen: Tensor, scores: Tensor) -> Tensor:
-    """0 where a key is seen, -inf where not. Added, because unlike a fill that costs nothing in the backward
-    pass.
-    """
-    return torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, float("-inf"))
-
-
-def _lookup(bias_table: Tensor, rows: Tensor, trailing: int = 2) -> Tensor:
-    """Bias of every (query, key), heads first: (A, 1, ...) for shared rows, (A, B, ...) for rows of each
-    clip.
-    """
-    # One head after the other: both the lookup and its index_add in the backward pass then run along memory.
-    bias = bias_table.T.contiguous().index_select(1, rows.flatten()).view(-1, *rows.shape)
-    return bias.unsqueeze(1) if rows.dim() == trailing else bias
-
-
-def _dense_rows(codes: Tensor, num_rows: int) -> Tensor:
+def _table_rows(codes: Tensor, num_rows: int) -> Tensor:
     """Table row of every (query, key) pair, CLS first: (N, N), or (B, N, N) for codes of each sample."""
     patches = codes.unsqueeze(-1) - codes.unsqueeze(-2) + (num_rows - 4) // 2
     rows = functional.pad(patches, (1, 0, 1, 0), value=num_rows - 2)
     rows[..., 0, 1:] = num_rows - 3
     rows[..., 0, 0] = num_rows - 1
-    return rows
-
-
-def _block_rows(codes: Tensor, tokens_SW: Tensor, padding: int, num_rows: int) -> Tensor:
-    """Table row of every patch query and gathered key: (S, G, W), or (B, S, G, W) for codes of each
-    sample.
-    """
-    num_blocks = tokens_SW.shape[0]
-    # Padded queries and CLS borrow code 0; the first are dropped afterwards, the second is set below.
-    queries = functional.pad(codes, (0, padding)).unflatten(-1, (num_blocks, -1)).unsqueeze(-1)
-    keys = functional.pad(codes, (1, 0))[..., tokens_SW].unsqueeze(-2)
-    rows = (queries - keys + (num_rows - 4) // 2).clamp_(0, num_rows - 4)
-    rows[..., 0] = num_rows - 2
     return rows

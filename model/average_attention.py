@@ -10,8 +10,7 @@ from model.sparsity import EdgeLayout
 
 @torch.no_grad()
 def average_attention(
-    q_BANE: Float[Tensor, "B A N E"],
-    k_BANE: Float[Tensor, "B A N E"],
+    qkv_BN3AE: Float[Tensor, "B N 3 A E"],
     codes: Int[Tensor, "*B n"],
     bias_table: Float[Tensor, "R A"],
     layout: EdgeLayout | None = None,
@@ -21,6 +20,7 @@ def average_attention(
     The weights are those of `sparse_attention`. One head's N x N scores are held at a time: only the layers that
     prune need them.
     """
+    q_BANE, k_BANE, _ = qkv_BN3AE.permute(2, 0, 3, 1, 4)
     scale = q_BANE.shape[-1] ** -0.5
     rows = all_pair_rows(codes, bias_table.shape[0])
     hidden_NN = None if layout is None else ~layout.dense_mask()

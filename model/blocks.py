@@ -45,24 +45,20 @@ class VideoAttention(nn.Module):
         """Mixed tokens (B, N, D), and the patches' scores for pruning (B, n) if asked for: attention of CLS, or of
         all tokens, by `prune_score`.
         """
-        num_clips, num_tokens, width = tokens_BND.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = functional.linear(tokens_BND, self.qkv_weight, bias)
-        # One copy to heads first, where the attention works without further ones.
-        q, k, v = qkv.view(num_clips, num_tokens, 3, self.num_heads, -1).permute(2, 3, 0, 1, 4).contiguous()
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        qkv = functional.linear(tokens_BND, self.qkv_weight, bias).unflatten(-1, (3, self.num_heads, -1))
         by_cls = with_scores and not self.scores_by_average
         if self.quirky_window is not None and layout is not None:
             mixed, scores = official_attention(
-                q, k, v, codes, self.bias_table, layout, self.quirky_window, with_cls_scores=by_cls
+                qkv, codes, self.bias_table, layout, self.quirky_window, with_cls_scores=by_cls
             )
         else:
             mixed, scores = sparse_attention(
-                q, k, v, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=by_cls
+                qkv, codes, self.bias_table, layout, backend=self.backend, with_cls_scores=by_cls
             )
         if with_scores and self.scores_by_average:
-            scores = average_attention(q, k, codes, self.bias_table, layout)
-        return self.output(mixed.transpose(1, 2).reshape(num_clips, num_tokens, width)), scores
+            scores = average_attention(qkv, codes, self.bias_table, layout)
+        return self.output(mixed.flatten(2)), scores
 
 
 class PatchEmbedding(nn.Module):

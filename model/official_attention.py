@@ -14,9 +14,7 @@ from model.sparsity import EdgeLayout
 
 
 def official_attention(
-    q_BANE: Float[Tensor, "B A N E"],
-    k_BANE: Float[Tensor, "B A N E"],
-    v_BANE: Float[Tensor, "B A N E"],
+    qkv_BN3AE: Float[Tensor, "B N 3 A E"],
     codes: Int[Tensor, "*B n"],
     bias_table: Float[Tensor, "R A"],
     layout: EdgeLayout,
@@ -33,7 +31,8 @@ def official_attention(
     and value 0, so attention leaks into them. `value_and_bias_block_mirrored`: the key block of local offset r comes
     with the values and the bias of offset -r. Both False is `sparse_attention`. Places of -1 are never seen.
     """
-    num_tokens = q_BANE.shape[2]
+    num_tokens = qkv_BN3AE.shape[1]
+    q_BANE, k_BANE, v_BANE = qkv_BN3AE.permute(2, 0, 3, 1, 4)
     q_BANE = q_BANE * q_BANE.shape[-1] ** -0.5
     key_blocks_SK = layout.key_blocks_SK
     value_blocks_SK = key_blocks_SK
@@ -54,7 +53,8 @@ def official_attention(
     cls_bias_AN[:, 0] = bias_table[CLS_TO_CLS]
     cls_weights_BA1N = (q_BANE[:, :, :1] @ k_BANE.transpose(-1, -2) + cls_bias_AN[:, None]).softmax(dim=-1)
     cls_scores_BN = cls_weights_BA1N.detach()[:, :, 0, 1:].mean(dim=1) if with_cls_scores else None
-    return AttentionOutput(torch.cat([cls_weights_BA1N @ v_BANE, mixed_BANE], dim=2), cls_scores_BN)
+    mixed_BANE = torch.cat([cls_weights_BA1N @ v_BANE, mixed_BANE], dim=2)
+    return AttentionOutput(mixed_BANE.transpose(1, 2), cls_scores_BN)
 
 
 def _cut_into_blocks(patches: Tensor, layout: EdgeLayout) -> Tensor:

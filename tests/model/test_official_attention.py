@@ -25,7 +25,12 @@ def _inputs(num_patches: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _corrected(
     q: Tensor, k: Tensor, v: Tensor, codes: Tensor, table: Tensor, layout: EdgeLayout | None
 ) -> AttentionOutput:
-    return sparse_attention(q, k, v, codes, table, layout, backend="reference", with_cls_scores=True)
+    return sparse_attention(_qkv(q, k, v), codes, table, layout, backend="reference", with_cls_scores=True)
+
+
+def _qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, A, N, E) each to the one tensor that attention takes."""
+    return torch.stack([q, k, v]).permute(1, 3, 0, 2, 4)
 
 
 def _draw(num_patches: int, size: int, num_local: int, num_random: int) -> EdgeLayout:
@@ -49,9 +54,7 @@ def test_without_its_quirks_it_is_the_corrected_attention_in_values_and_gradient
             out, scores = _corrected(q, k, v, codes, table, layout)
         else:
             out, scores = official_attention(
-                q,
-                k,
-                v,
+                _qkv(q, k, v),
                 codes,
                 table,
                 layout,
@@ -72,7 +75,9 @@ def _weights(layout: EdgeLayout, num_local: int, bias: Tensor, **flags: bool) ->
     zero = torch.zeros(1, 1, n + 1, n + 1)
     values = torch.eye(n + 1)[None, None]
     codes = token_codes(1, 1, n)
-    return official_attention(zero, zero, values, codes, bias[:, None], layout, num_local, **flags)[0][0, 0]
+    return official_attention(_qkv(zero, zero, values), codes, bias[:, None], layout, num_local, **flags)[0][
+        0, :, 0
+    ]
 
 
 def test_padded_keys_take_weight_by_the_patch_to_cls_bias() -> None:
@@ -106,16 +111,16 @@ def test_a_local_window_of_three_mirrors_values_and_bias_but_not_keys() -> None:
     keys[0, 0, 3, 0] = torch.tensor(9.0).log()
     values = torch.eye(5)[None, None]
     codes, table = token_codes(1, 1, 4), torch.zeros(2 * 4 - 1 + 3, 1)
-    mirrored = official_attention(queries, keys, values, codes, table, layout, 3)[0][0, 0]
+    mirrored = official_attention(_qkv(queries, keys, values), codes, table, layout, 3)[0][0, :, 0]
     straight = official_attention(
-        queries, keys, values, codes, table, layout, 3, value_and_bias_block_mirrored=False
-    )[0][0, 0]
+        _qkv(queries, keys, values), codes, table, layout, 3, value_and_bias_block_mirrored=False
+    )[0][0, :, 0]
     # Query 1 sees CLS and patches 0, 1, 2. The weight of patch 2 (9 of 12) reaches the value of patch 0 instead.
     assert straight[2].tolist() == pytest.approx([1 / 12, 1 / 12, 1 / 12, 9 / 12, 0])
     assert mirrored[2].tolist() == pytest.approx([1 / 12, 9 / 12, 1 / 12, 1 / 12, 0])
     # A bias of log 9 on the offset "one before" acts where the key one after stands.
     table[3 + 1, 0] = torch.tensor(9.0).log()
-    by_bias = official_attention(zero, zero, values, codes, table, layout, 3)[0][0, 0]
+    by_bias = official_attention(_qkv(zero, zero, values), codes, table, layout, 3)[0][0, :, 0]
     assert by_bias[2].tolist() == pytest.approx([1 / 12, 9 / 12, 1 / 12, 1 / 12, 0])
 
 
@@ -124,7 +129,7 @@ def test_average_attention_is_the_mean_weight_of_a_patch(is_sparse: bool) -> Non
     codes = token_codes(T, H, W)[KEPT]
     layout = _draw(7, 2, 1, 1) if is_sparse else None
     q, k, v, table = _inputs(7)
-    received = average_attention(q, k, codes, table, layout)
+    received = average_attention(_qkv(q, k, v), codes, table, layout)
     # The gradient of the summed output with respect to a value is the sum of the weights it gets.
     out, _ = _corrected(q, k, v, codes, table, layout)
     (summed,) = torch.autograd.grad(out.sum(), v)

@@ -37,7 +37,7 @@ def test_survivors_are_nested_ascending_and_counted() -> None:
 @pytest.mark.parametrize("size", [1, 4, 5, 27])
 def test_both_backends_give_the_same_encoding_and_gradients(size: int) -> None:
     results = []
-    for backend in ("reference", "gather"):
+    for backend in ("reference", "blocks"):
         encoder = _encoder(attention_backend=backend, block_size=size).double()
         encoding = encoder(_clips().double(), edge_seed=5)
         encoding.pooled_BD.square().sum().backward()
@@ -70,7 +70,7 @@ def test_one_frame_with_pruning_and_more_random_blocks_than_are_left_runs() -> N
 @pytest.mark.parametrize("num_local", [1, 3])
 def test_all_blocks_equal_the_dense_encoder(num_local: int) -> None:
     clips = _clips().double()
-    sparse = _encoder(num_random_blocks=6, num_local_blocks=num_local, attention_backend="gather").double()
+    sparse = _encoder(num_random_blocks=6, num_local_blocks=num_local, attention_backend="blocks").double()
     dense = _encoder(num_random_blocks=None).double()
     torch.testing.assert_close(sparse(clips).tokens_BMD, dense(clips).tokens_BMD, atol=1e-6, rtol=0)
 
