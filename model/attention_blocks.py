@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from model.sparsity import EdgeLayout
 
-# Scores of one part: 1 M values of float32 are 4 MiB, of which three or four copies are alive.
-_PART_SCORES = 1 << 20
+# Scores of one part: half a million values of float32 are 2 MiB, of which two or three copies are alive.
+_PART_SCORES = 1 << 19
 
 
 def hidden(seen: Bool[Tensor, "..."], scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -140,8 +140,8 @@ class _Plan:
             by_head += hidden(self.key_mask[clips, None], scores)
         return scores.softmax(dim=-1)
 
-    def sum_keys(self, grads: Tensor, cls_grads_XNE: Tensor) -> Tensor:
-        """(X, N, E): gradients of gathered keys (X S, W, E) added up per token, on top of the CLS query's."""
+    def write_keys(self, target_BNAE: Tensor, grads: Tensor, cls_grads_XNE: Tensor) -> None:
+        """Writes gradients of gathered keys (X S, W, E) added up per token, on top of the CLS query's."""
         num_blocks, size = self.layout.num_blocks, self.layout.block_size
         total = functional.pad(cls_grads_XNE, (0, 0, 0, self.padding))
         total[:, 0] += grads[:, 0].view(-1, num_blocks, self.width).sum(dim=1)
@@ -153,7 +153,9 @@ class _Plan:
             start = 1 + place * size
             patches.index_add_(0, index, grads[:, start : start + size])
         total[:, 1:] += patches.view(len(total), -1, self.width)
-        return total[:, : self.num_tokens]
+        target_BNAE.copy_(
+            total[:, : self.num_tokens].unflatten(0, (-1, target_BNAE.shape[2])).transpose(1, 2)
+        )
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -197,23 +199,18 @@ class _BlockAttention(torch.autograd.Function):
             grad_table[heads, -2] += by_head[:, 0]
             grad_table[heads, -4] += by_head[:, 1:].sum(dim=1)
 
+            target = grad_qkv[clips, :, :, heads]
             weights = plan.weights(part, rows, heads)
             grad_blocks = plan.blocks(grad_XNE)
-            dv = torch.bmm(weights.transpose(1, 2), grad_blocks)
+            plan.write_keys(target[:, :, 2], torch.bmm(weights.transpose(1, 2), grad_blocks), dv_cls)
             grad_scores = torch.bmm(grad_blocks, part.v_blocks.transpose(1, 2))
-            grad_scores.sub_(
-                functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding)).view(-1, plan.layout.block_size, 1)
-            )
-            grad_scores.mul_(weights)
-            dq = torch.bmm(grad_scores, part.k_blocks)
-            dk = torch.bmm(grad_scores.transpose(1, 2), part.q_blocks)
+            delta_blocks = functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding))
+            grad_scores.sub_(delta_blocks.view(-1, plan.layout.block_size, 1)).mul_(weights)
+            del weights
             _add_to_table(grad_table[heads], rows, grad_scores)
-
-            target = grad_qkv[clips, :, :, heads]
+            plan.write_keys(target[:, :, 1], torch.bmm(grad_scores.transpose(1, 2), part.q_blocks), dk_cls)
+            dq = torch.bmm(grad_scores, part.k_blocks)
             target[:, :, 0] = plan.unblock(dq_cls, dq, target[:, :, 0]) * plan.width**-0.5
-            for place, (grads, cls_grads) in enumerate(((dk, dk_cls), (dv, dv_cls)), start=1):
-                summed = plan.sum_keys(grads, cls_grads)
-                target[:, :, place] = summed.unflatten(0, (-1, target.shape[3])).transpose(1, 2)
         return grad_qkv, grad_table[:, :-1].T.contiguous().to(table.dtype), None, None, None
 
 
