@@ -4,9 +4,11 @@ Verbs import what they need when they run, so that `svitt --help` answers at onc
 """
 
 import logging
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -146,9 +148,49 @@ def evaluate(
     return rescore(_open(run_dir), stage, _report())
 
 
+def bench(
+    what: Annotated[
+        Literal["model"],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="WHAT", help="model: attention and encoder."),
+    ],
+    record: Annotated[Path, tyro.conf.arg(help="JSON file that the figures are written to.")] = Path(
+        "bench-model.json"
+    ),
+    threads: Annotated[int | None, tyro.conf.arg(help="Compute threads. Default: all cores.")] = None,
+    quick: Annotated[
+        bool, tyro.conf.arg(help="4 frames and few samples: minutes instead of half an hour.")
+    ] = False,
+    frames: Annotated[
+        tuple[int, ...], tyro.conf.arg(help="Only these frame counts, and no fit of the growth.")
+    ] = (),
+) -> int:
+    """Measure time and memory on this machine, against torch's and Hugging Face's dense models."""
+    from jobs.bench_model import Plan, bench_model
+
+    plan = Plan.quick() if quick else Plan()
+    if frames:
+        plan = replace(plan, frames=frames, growth_frames=())
+    return bench_model(plan, threads or len(os.sched_getaffinity(0)), record, _report())
+
+
 VERBS = {
     verb.__name__: verb
-    for verb in (demo, synth, clips, prepare, submit, resume, status, stop, logs, pretrain, control, evaluate)
+    for verb in (
+        demo,
+        synth,
+        clips,
+        prepare,
+        submit,
+        resume,
+        status,
+        stop,
+        logs,
+        pretrain,
+        control,
+        evaluate,
+        bench,
+    )
 }
 
 

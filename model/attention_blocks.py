@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from model.sparsity import EdgeLayout
 
-# Scores of one part: 1 M values of float32 are 4 MiB, of which three or four copies are alive.
-_PART_SCORES = 1 << 20
+# Scores of one part: half a million values of float32 are 2 MiB, of which two or three copies are alive.
+_PART_SCORES = 1 << 19
 
 
 def hidden(seen: Bool[Tensor, "..."], scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -72,18 +72,19 @@ class _Plan:
         self.tokens_SW, self.valid_SW = layout.token_index()
         self.padding = layout.num_blocks * layout.block_size - layout.num_patches
 
-    def parts(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of samples and of heads. Whole heads first: samples share the lookup of the bias."""
+    def parts(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Slices of samples and of heads, and the table rows of these samples. Samples share their lookup."""
         one = self.tokens_SW.numel() * self.layout.block_size
         clips = max(1, min(self.num_clips, _PART_SCORES // one))
         heads = max(1, min(self.num_heads, _PART_SCORES // (one * clips)))
         for clip in range(0, self.num_clips, clips):
+            rows = self.rows(slice(clip, clip + clips))
             for head in range(0, self.num_heads, heads):
-                yield slice(clip, clip + clips), slice(head, head + heads)
+                yield slice(clip, clip + clips), slice(head, head + heads), rows
 
     def rows(self, clips: slice) -> Tensor:
         """Table row of every patch query and gathered key: (C, S, G, W), C 1 where samples share them."""
-        codes = self.codes[clips] if self.codes.dim() == 2 else self.codes[None]
+        codes = (self.codes[clips] if self.codes.dim() == 2 else self.codes[None]).int()
         # Padded queries and CLS borrow code 0; the first are dropped afterwards, the second is set below.
         queries = functional.pad(codes, (0, self.padding)).unflatten(-1, (self.layout.num_blocks, -1))
         keys = functional.pad(codes, (1, 0))[:, self.tokens_SW]
@@ -123,9 +124,10 @@ class _Plan:
     def weights(self, part: _Part, rows: Tensor, heads: slice) -> Tensor:
         """(X S, G, W): softmax over the keys that each query block sees."""
         scores = torch.bmm(part.q_blocks, part.k_blocks.transpose(1, 2))
-        table = self.table_AR[heads]
-        bias = table.index_select(1, rows.flatten()).view(-1, *rows.shape).transpose(0, 1)
-        scores.view(-1, *bias.shape[1:]).add_(bias)
+        by_head = scores.view(-1, self.table_AR[heads].shape[0], *rows.shape[1:])
+        # One head at a time: along one axis the lookup is a plain loop.
+        for head, table_R in enumerate(self.table_AR[heads]):
+            by_head[:, head] += table_R.index_select(0, rows.flatten()).view(rows.shape)
         return scores.softmax(dim=-1)
 
     def cls_weights(self, part: _Part, clips: slice, heads: slice) -> Tensor:
@@ -138,21 +140,22 @@ class _Plan:
             by_head += hidden(self.key_mask[clips, None], scores)
         return scores.softmax(dim=-1)
 
-    def sum_keys(self, grads: Tensor, cls_grads_XNE: Tensor) -> Tensor:
-        """(X, N, E): gradients of gathered keys (X S, W, E) added up per token, on top of the CLS query's."""
+    def write_keys(self, target_BNAE: Tensor, grads: Tensor, cls_grads_XNE: Tensor) -> None:
+        """Writes gradients of gathered keys (X S, W, E) added up per token, on top of the CLS query's."""
         num_blocks, size = self.layout.num_blocks, self.layout.block_size
-        by_block = grads.view(-1, num_blocks, grads.shape[1], self.width)
         total = functional.pad(cls_grads_XNE, (0, 0, 0, self.padding))
-        total[:, 0] += by_block[:, :, 0].sum(dim=1)
-        patches = torch.zeros(
-            len(total) * num_blocks, size * self.width, dtype=total.dtype, device=total.device
-        )
-        # An unused place holds zeros, so it may be added to any block.
-        listed = self.layout.key_blocks_SK.clamp_min(0).flatten()
-        index = listed + torch.arange(len(total), device=listed.device)[:, None] * num_blocks
-        patches.index_add_(0, index.flatten(), by_block[:, :, 1:].reshape(-1, size * self.width))
+        total[:, 0] += grads[:, 0].view(-1, num_blocks, self.width).sum(dim=1)
+        patches = grads.new_zeros(len(total) * num_blocks, size, self.width)
+        first_X1 = torch.arange(len(total), device=grads.device)[:, None] * num_blocks
+        for place, listed_S in enumerate(self.layout.key_blocks_SK.T):
+            # An unused place holds zeros, so it may be added to any block.
+            index = (listed_S.clamp_min(0) + first_X1).flatten()
+            start = 1 + place * size
+            patches.index_add_(0, index, grads[:, start : start + size])
         total[:, 1:] += patches.view(len(total), -1, self.width)
-        return total[:, : self.num_tokens]
+        target_BNAE.copy_(
+            total[:, : self.num_tokens].unflatten(0, (-1, target_BNAE.shape[2])).transpose(1, 2)
+        )
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -163,8 +166,8 @@ class _BlockAttention(torch.autograd.Function):
         plan = _Plan(qkv, table, codes, layout, key_mask)
         out = qkv.new_empty(plan.num_clips, plan.num_tokens, plan.num_heads, plan.width)
         cls_out = plan.table_AR.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens - 1)
-        for clips, heads in plan.parts():
-            part, rows = plan.part(clips, heads), plan.rows(clips)
+        for clips, heads, rows in plan.parts():
+            part = plan.part(clips, heads)
             mixed = torch.bmm(plan.weights(part, rows, heads), part.v_blocks)
             cls_weights = plan.cls_weights(part, clips, heads)
             cls_out[clips, heads] = cls_weights[:, 0, 1:].view(-1, *cls_out[:1, heads].shape[1:])
@@ -181,8 +184,8 @@ class _BlockAttention(torch.autograd.Function):
         plan = _Plan(qkv, table, codes, ctx.layout, key_mask)
         grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         grad_table = torch.zeros_like(plan.table_AR)
-        for clips, heads in plan.parts():
-            part, rows = plan.part(clips, heads), plan.rows(clips)
+        for clips, heads, rows in plan.parts():
+            part = plan.part(clips, heads)
             grad_XNE = plan.heads_of(grad_out, clips, heads)
             delta_XN1 = (grad_XNE * plan.heads_of(out, clips, heads)).sum(dim=-1, keepdim=True)
 
@@ -196,23 +199,18 @@ class _BlockAttention(torch.autograd.Function):
             grad_table[heads, -2] += by_head[:, 0]
             grad_table[heads, -4] += by_head[:, 1:].sum(dim=1)
 
+            target = grad_qkv[clips, :, :, heads]
             weights = plan.weights(part, rows, heads)
             grad_blocks = plan.blocks(grad_XNE)
-            dv = torch.bmm(weights.transpose(1, 2), grad_blocks)
+            plan.write_keys(target[:, :, 2], torch.bmm(weights.transpose(1, 2), grad_blocks), dv_cls)
             grad_scores = torch.bmm(grad_blocks, part.v_blocks.transpose(1, 2))
-            grad_scores.sub_(
-                functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding)).view(-1, plan.layout.block_size, 1)
-            )
-            grad_scores.mul_(weights)
-            dq = torch.bmm(grad_scores, part.k_blocks)
-            dk = torch.bmm(grad_scores.transpose(1, 2), part.q_blocks)
+            delta_blocks = functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding))
+            grad_scores.sub_(delta_blocks.view(-1, plan.layout.block_size, 1)).mul_(weights)
+            del weights
             _add_to_table(grad_table[heads], rows, grad_scores)
-
-            target = grad_qkv[clips, :, :, heads]
+            plan.write_keys(target[:, :, 1], torch.bmm(grad_scores.transpose(1, 2), part.q_blocks), dk_cls)
+            dq = torch.bmm(grad_scores, part.k_blocks)
             target[:, :, 0] = plan.unblock(dq_cls, dq, target[:, :, 0]) * plan.width**-0.5
-            for place, (grads, cls_grads) in enumerate(((dk, dk_cls), (dv, dv_cls)), start=1):
-                summed = plan.sum_keys(grads, cls_grads)
-                target[:, :, place] = summed.unflatten(0, (-1, target.shape[3])).transpose(1, 2)
         return grad_qkv, grad_table[:, :-1].T.contiguous().to(table.dtype), None, None, None
 
 

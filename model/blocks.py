@@ -10,6 +10,7 @@ from torch.nn import functional
 from model.attention import Backend, sparse_attention
 from model.average_attention import average_attention
 from model.config import VideoConfig
+from model.lean_mlp import gelu_linear
 from model.official_attention import official_attention
 from model.sparsity import EdgeLayout
 
@@ -103,7 +104,7 @@ class VideoBlock(nn.Module):
         """Tokens after the layer (B, N, D), and scores of the patches (B, n) if asked for."""
         mixed, scores = self.attention(self.attention_norm(tokens_BND), codes, layout, with_scores)
         tokens_BND = torch.addcmul(tokens_BND, mixed, self._branch_scale(self.attention_scale, tokens_BND))
-        hidden = self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(tokens_BND))))
+        hidden = gelu_linear(self.mlp_in(self.mlp_norm(tokens_BND)), self.mlp_out.weight, self.mlp_out.bias)
         tokens_BND = torch.addcmul(tokens_BND, hidden, self._branch_scale(self.mlp_scale, tokens_BND))
         return tokens_BND, scores
 

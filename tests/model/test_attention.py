@@ -262,6 +262,16 @@ def test_fused_is_refused_for_a_type_that_it_does_not_know() -> None:
         sparse_attention(qkv, _codes(None), table, backend="fused")
 
 
-def test_the_automatic_choice_is_fused_where_it_fits_and_blocks_elsewhere() -> None:
-    for dtype, expected in ((torch.float32, "fused"), (torch.bfloat16, "fused"), (torch.float64, "blocks")):
-        assert choose_backend(torch.device("cpu"), dtype, "auto") == expected
+@pytest.mark.parametrize(
+    ("dtype", "num_scores", "expected"),
+    [
+        (torch.float32, 1, "fused"),
+        (torch.bfloat16, 10**9, "fused"),
+        (torch.float64, 10**6, "reference"),
+        (torch.float64, 10**7, "blocks"),
+    ],
+)
+def test_the_automatic_choice_is_fused_where_it_fits_else_by_size(
+    dtype: torch.dtype, num_scores: int, expected: str
+) -> None:
+    assert choose_backend(torch.device("cpu"), dtype, num_scores, "auto") == expected

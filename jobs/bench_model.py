@@ -1,0 +1,240 @@
+"""`svitt bench model`: time and memory of attention and video encoder on this machine, as a table and a record.
+
+Figures count only against others of the same run: samples of all cases alternate, and every record carries commit,
+versions, threads, number of samples, median and spread.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from infra.runtime import environment, provenance
+from jobs.bench_cases import SDPA, SDPA_BIAS, Case, encoder_cases, flops, layer_cases
+from jobs.bench_worker import MEMORY_ENVIRONMENT, TIMING_ENVIRONMENT
+from jobs.progress import ProgressReport
+
+RECORD_VERSION = 1
+_GROWTH_FRAMES = (4, 8, 16, 32)
+# Wide enough for every column: a table that wraps cannot be read, and a log file does not mind.
+_TABLE_WIDTH = 160
+_GROWTH_CASES = (("layer", "fused (1,3,56)"), ("layer", "fused dense"), ("encoder", "both (1,3,56) 0.7"))
+
+
+class BenchError(RuntimeError):
+    """A measuring process failed; the message carries its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Samples of one quantity, in seconds."""
+
+    n: int
+    median: float
+    least: float
+    most: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Spread":
+        return Spread(len(samples), statistics.median(samples), min(samples), max(samples))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case measured. `peak_bytes` is what a step takes on top of weights, gradients and inputs."""
+
+    level: str
+    name: str
+    num_frames: int
+    wall_s: Spread
+    cpu_s: Spread
+    peak_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Exponents p of quantity ~ frames^p, fitted to the frame counts named: 1 is linear."""
+
+    level: str
+    name: str
+    frames: tuple[int, ...]
+    time_exponent: float
+    memory_exponent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure: frame counts of the table, frame counts of the growth fit, samples of each time."""
+
+    frames: tuple[int, ...] = (4, 8, 16)
+    growth_frames: tuple[int, ...] = _GROWTH_FRAMES
+    layer_samples: int = 9
+    encoder_samples: int = 3
+    encoder_growth: bool = True
+
+    @staticmethod
+    def quick() -> "Plan":
+        """Four frames, and attention alone for the growth: minutes."""
+        return Plan((4,), (4, 8), layer_samples=5, encoder_samples=1, encoder_growth=False)
+
+
+def bench_model(plan: Plan, num_threads: int, record_file: Path, report: ProgressReport) -> int:
+    """Measures, prints the tables, writes the record. Raises BenchError when a measuring process fails."""
+    rows, rates = [], []
+    for num_frames in plan.frames:
+        for cases, samples in (
+            (layer_cases(num_frames), plan.layer_samples),
+            (encoder_cases(num_frames), plan.encoder_samples),
+        ):
+            measured, rate = _measure(cases, samples, num_threads, report)
+            rows += measured
+            rates.append(rate)
+    growth = _growth(plan, rows, num_threads, report)
+    record = {
+        "version": RECORD_VERSION,
+        "provenance": provenance(),
+        "processor": _processor(),
+        "num_threads": num_threads,
+        "dtype": "float32",
+        "num_clips": 1,
+        "matmul_flops_per_s": max(rates),
+        "rows": [asdict(row) for row in rows],
+        "growth": [asdict(fit) for fit in growth],
+    }
+    record_file.parent.mkdir(parents=True, exist_ok=True)
+    record_file.write_text(json.dumps(record, indent=1) + "\n")
+    for level in ("layer", "encoder"):
+        shown = table(level, [row for row in rows if row.level == level], max(rates))
+        report.console.print(shown, width=_TABLE_WIDTH, crop=False)
+    for fit in growth:
+        report.say(
+            f"{fit.level} {fit.name}, {fit.frames[0]} to {fit.frames[-1]} frames: time grows with "
+            f"frames^{fit.time_exponent:.2f}, memory with frames^{fit.memory_exponent:.2f}"
+        )
+    report.say(f"record: {record_file}")
+    return 0
+
+
+def exponent(frames: Sequence[int], values: Sequence[float]) -> float:
+    """Slope of log(value) over log(frames) by least squares: p where value ~ frames^p."""
+    x, y = [math.log(f) for f in frames], [math.log(v) for v in values]
+    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mean_x) ** 2 for a in x)
+
+
+def table(level: str, rows: Sequence[Row], matmul_flops_per_s: float) -> Table:
+    """One level's rows: times, ratios to torch's attention of the same frames, memory, distance from the limit."""
+    title = {"layer": "Attention of one layer (12 heads of 64)", "encoder": "Whole video encoder (ViT-B)"}[
+        level
+    ]
+    shown = Table(title=f"{title}, forward + backward, 1 clip, float32", title_justify="left")
+    shown.add_column("T")
+    shown.add_column("case")
+    for name in (
+        "wall s",
+        "spread",
+        "CPU s",
+        "x bias",
+        "x no bias",
+        "peak MiB",
+        "x bias",
+        "x no bias",
+        "x limit",
+    ):
+        shown.add_column(name, justify="right")
+    by_case = {(row.num_frames, row.name): row for row in rows}
+    for row in rows:
+        peers = [by_case.get((row.num_frames, name)) for name in (SDPA_BIAS, SDPA)]
+        limit_s = row.flops / matmul_flops_per_s
+        shown.add_row(
+            str(row.num_frames),
+            row.name,
+            f"{row.wall_s.median:.4g}",
+            f"{row.wall_s.least:.3g}-{row.wall_s.most:.3g} (n {row.wall_s.n})",
+            f"{row.cpu_s.median:.4g}",
+            *(_ratio(row, peer, lambda r: r.cpu_s.median) for peer in peers),
+            f"{row.peak_bytes / 2**20:.1f}",
+            *(_ratio(row, peer, lambda r: r.peak_bytes) for peer in peers),
+            f"{row.wall_s.median / limit_s:.2f}",
+        )
+    return shown
+
+
+def _ratio(row: Row, peer: Row | None, value: Callable[[Row], float]) -> str:
+    return "-" if peer is None else f"{value(row) / value(peer):.3f}"
+
+
+def _measure(
+    cases: Sequence[Case], num_samples: int, num_threads: int, report: ProgressReport
+) -> tuple[list[Row], float]:
+    report.say(f"measuring {cases[0].level}, {cases[0].num_frames} frames: {len(cases)} cases")
+    times = _ask("times", cases, num_samples, num_threads, TIMING_ENVIRONMENT)
+    rows = []
+    for case, samples in zip(cases, times["samples"], strict=True):
+        peak = _ask("memory", [case], 1, num_threads, MEMORY_ENVIRONMENT)["peak_bytes"]
+        wall, cpu = (Spread.of(values) for values in zip(*samples, strict=True))
+        rows.append(Row(*_names(case), wall, cpu, peak, flops(case)))
+    return rows, times["matmul_flops_per_s"]
+
+
+def _names(case: Case) -> tuple[str, str, int]:
+    return case.level, case.name, case.num_frames
+
+
+def _growth(plan: Plan, rows: Sequence[Row], num_threads: int, report: ProgressReport) -> list[Growth]:
+    if not plan.growth_frames:
+        return []
+    known = {_names(Case(row.level, row.name, row.num_frames)): row for row in rows}
+    fits = []
+    for level, name in _GROWTH_CASES:
+        if level == "encoder" and not plan.encoder_growth:
+            continue
+        points = []
+        for num_frames in plan.growth_frames:
+            case = Case(level, name, num_frames)
+            samples = plan.layer_samples if level == "layer" else 1
+            points.append(known.get(_names(case)) or _measure([case], samples, num_threads, report)[0][0])
+        times, peaks = [row.cpu_s.median for row in points], [float(row.peak_bytes) for row in points]
+        frames = plan.growth_frames
+        fits.append(Growth(level, name, frames, exponent(frames, times), exponent(frames, peaks)))
+    return fits
+
+
+def _ask(
+    measure: str, cases: Sequence[Case], num_samples: int, num_threads: int, changes: dict[str, str]
+) -> dict[str, Any]:
+    request = {"measure": measure, "cases": cases, "num_samples": num_samples, "num_threads": num_threads}
+    with environment({**changes, "OMP_NUM_THREADS": str(num_threads)}):
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.bench_worker", json.dumps(request)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).resolve().parent.parent,
+        )
+    if done.returncode:
+        names = ", ".join(case.name for case in cases)
+        raise BenchError(
+            f"measuring {measure} of {names} at {cases[0].num_frames} frames ended with {done.returncode} "
+            f"(-9: out of memory):\n{done.stderr[-2000:]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
