@@ -96,8 +96,9 @@ def _layer_step(case: Case) -> Step:
     grad = torch.randn(1, len(codes) + 1, config.num_heads, head_width)
 
     def step() -> None:
-        qkv.grad = table.grad = None
         attend(qkv, table).backward(grad)
+        # Their memory is the step's, so it is not held between steps.
+        qkv.grad = table.grad = None
 
     return step
 

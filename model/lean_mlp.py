@@ -30,5 +30,7 @@ class _GeluLinear(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         grad_rows = grad.flatten(0, -2)
         grad_weight = grad_rows.T @ functional.gelu(hidden).flatten(0, -2)
-        grad_hidden = torch.ops.aten.gelu_backward(grad @ weight, hidden)
+        grad_hidden = grad @ weight
+        # In place: at its widest the layer then holds two such tensors, not three.
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
         return grad_hidden, grad_weight, grad_rows.sum(dim=0)
