@@ -2,7 +2,12 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from infra.runtime import environment, peak_rss_bytes, prepare_process, provenance
 
@@ -37,3 +42,27 @@ def test_provenance_is_plain_and_holds_no_path(tmp_path: Path) -> None:
 
 def test_peak_memory_is_at_least_what_python_needs() -> None:
     assert peak_rss_bytes() > 5 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_kept_memory_costs_its_page_faults_once(keeps: bool) -> None:
+    # A process of its own, since the setting cannot be taken back. 64 MiB are 16,384 pages of 4 KiB, or 32 large ones.
+    code = (
+        "import resource\n"
+        "from infra.runtime import keep_freed_memory\n"
+        f"assert not {keeps} or keep_freed_memory()\n"
+        "def faults():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def use():\n"
+        "    block = bytearray(64 << 20)\n"
+        "    block[::4096] = bytes(len(block) // 4096)\n"
+        "use()\n"
+        "before = faults()\n"
+        "use()\n"
+        "print(faults() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (int(done.stdout) < 16) is keeps
