@@ -96,13 +96,15 @@ def _library_path(compiler: str) -> Path:
     key = "\n".join((_SOURCE.read_text(), version, *_FLAGS, _processor()))
     name = f"block_attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        folder = Path.home() / ".cache" / "svitt"
+        folder = Path.home() / ".cache" / "svitt-ego"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder / name
     except (OSError, RuntimeError):
-        pass  # no home folder that can be written to: a private one of this process
-    return Path(tempfile.mkdtemp(prefix="svitt-")) / name
+        pass  # said below, as for a folder that is there and cannot be written to
+    folder = Path(tempfile.mkdtemp(prefix="svitt-ego-"))
+    _LOG.warning("no cache folder below the home folder can be written to; the kernel is built in %s", folder)
+    return folder / name
 
 
 def _processor() -> str:
