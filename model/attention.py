@@ -4,7 +4,8 @@ One function and its backends, which see the same keys, so that values and gradi
 
 * `reference`: all scores, mask, softmax, in this file; what the others are tested against;
 * `blocks`: the selected keys only, in plain torch, recomputed in the backward pass (`attention_blocks`);
-* `fused`: a compiled CPU kernel that also looks the bias up inside (`attention_fused`).
+* `fused`: a compiled CPU kernel that also looks the bias up inside (`attention_fused`);
+* `triton`: the same on a GPU (`attention_triton`), until one has run it only where asked for.
 
 Position codes. The table row of a query at (t, h, w) and a key at (t', h', w') is
 ((t-t'+T-1)(2H-1) + (h-h'+H-1))(2W-1) + (w-w'+W-1), which is code(query) - code(key) + centre with
@@ -12,6 +13,8 @@ code(t, h, w) = (t(2H-1) + h)(2W-1) + w. So one number a token replaces an N x N
 The last three rows of the table are CLS to patch, patch to CLS, CLS to CLS.
 """
 
+import importlib.util
+import os
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ from model.attention_fused import (
 )
 from model.sparsity import EdgeLayout
 
-Backend = Literal["auto", "reference", "blocks", "fused"]
+Backend = Literal["auto", "reference", "blocks", "fused", "triton"]
 
 
 class AttentionOutput(NamedTuple):
@@ -81,6 +84,10 @@ def sparse_attention(
         return _reference(qkv_BN3AE, codes, bias_table, layout, key_mask, with_cls_scores)
     if chosen == "blocks":
         out, cls_weights = attend_in_blocks(qkv_BN3AE, codes, bias_table, layout, key_mask)
+    elif chosen == "triton":
+        from model.attention_triton import attend_by_triton  # imports Triton, which CPU machines do not have
+
+        out, cls_weights = attend_by_triton(qkv_BN3AE, codes, bias_table, layout, key_mask)
     else:
         blocks, size = (None, num_patches) if layout is None else (layout.key_blocks_SK, layout.block_size)
         out, _, cls_weights = block_attention(
@@ -89,6 +96,7 @@ def sparse_attention(
     return AttentionOutput(out, cls_weights.mean(dim=1) if with_cls_scores else None)
 
 
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Up to so many scores (16 MiB) the plain form is faster than the one in parts: measured on 2 cores, B = 32, 4 heads of
 # 24, 65 to 129 tokens.
 _FEW_SCORES = 1 << 22
@@ -113,7 +121,20 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_scores: int, ba
         )
     if backend == "fused" and (reason := unavailable_reason()) is not None:
         raise FusedUnavailableError(f"attention_backend fused cannot be had: {reason}; set it to auto")
+    if backend == "triton":
+        _require_triton(device, dtype)
     return backend
+
+
+def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("attention_backend triton needs the package triton; set attention_backend: auto")
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (device.type != "cuda" and not is_interpreted) or dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"attention_backend triton takes float32, float16 or bfloat16 on a GPU, got {dtype} on {device}; "
+            "set attention_backend: auto"
+        )
 
 
 def _reference(

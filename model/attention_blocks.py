@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from model.sparsity import EdgeLayout
 
-# Scores of one part: half a million values of float32 are 2 MiB, of which two or three copies are alive.
-_PART_SCORES = 1 << 19
+# Scores of one part: a million values of float32 are 4 MiB, of which two or three copies are alive.
+_PART_SCORES = 1 << 20
 
 
 def hidden(seen: Bool[Tensor, "..."], scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -60,11 +60,14 @@ class _Plan:
     def __init__(
         self, qkv: Tensor, table: Tensor, codes: Tensor, layout: EdgeLayout, key_mask: Tensor | None
     ) -> None:
-        self.qkv, self.codes, self.layout, self.key_mask = qkv, codes, layout, key_mask
+        self.codes, self.layout, self.key_mask = codes, layout, key_mask
         self.num_clips, self.num_tokens, _, self.num_heads, self.width = qkv.shape
         self.num_rows = table.shape[0]
         # Sums of many small terms: half precision is worked through in float32.
         self.dtype = torch.promote_types(qkv.dtype, torch.float32)
+        self.q_BANE, self.k_BANE, self.v_BANE = (self.heads_first(x) for x in qkv.unbind(2))
+        self.scale = self.width**-0.5
+        self.q_BANE = self.q_BANE * self.scale
         table = table.to(self.dtype)
         # One more row for keys that are not seen. One head after the other, so that lookups run along memory.
         unseen = table.new_full((self.num_heads, 1), float("-inf"))
@@ -84,7 +87,8 @@ class _Plan:
 
     def rows(self, clips: slice) -> Tensor:
         """Table row of every patch query and gathered key: (C, S, G, W), C 1 where samples share them."""
-        codes = (self.codes[clips] if self.codes.dim() == 2 else self.codes[None]).int()
+        # 64 bits, though 32 would do: torch's lookups convert other types first, which takes longer than they do.
+        codes = (self.codes[clips] if self.codes.dim() == 2 else self.codes[None]).long()
         # Padded queries and CLS borrow code 0; the first are dropped afterwards, the second is set below.
         queries = functional.pad(codes, (0, self.padding)).unflatten(-1, (self.layout.num_blocks, -1))
         keys = functional.pad(codes, (1, 0))[:, self.tokens_SW]
@@ -98,13 +102,12 @@ class _Plan:
         )
         return torch.where(seen.unsqueeze(-2), rows, self.num_rows)
 
-    def heads_of(self, tensor_BNAE: Tensor, clips: slice, heads: slice) -> Tensor:
-        """(X, N, E) of one part, contiguous."""
-        return tensor_BNAE[clips, :, heads].transpose(1, 2).flatten(0, 1).to(self.dtype).contiguous()
+    def heads_first(self, tensor_BNAE: Tensor) -> Tensor:
+        """(B, A, N, E), so that a part is one piece of memory; a view where it is that already."""
+        return tensor_BNAE.transpose(1, 2).to(self.dtype).contiguous()
 
     def part(self, clips: slice, heads: slice) -> _Part:
-        q, k, v = (self.heads_of(self.qkv[:, :, i], clips, heads) for i in range(3))
-        q = q * self.width**-0.5
+        q, k, v = (x[clips, heads].flatten(0, 1) for x in (self.q_BANE, self.k_BANE, self.v_BANE))
         index = self.tokens_SW.flatten()
         shape = (-1, self.tokens_SW.shape[1], self.width)
         k_blocks, v_blocks = (x.index_select(1, index).view(shape) for x in (k, v))
@@ -115,11 +118,11 @@ class _Plan:
         padded = functional.pad(rows_XNE[:, 1:], (0, 0, 0, self.padding))
         return padded.reshape(-1, self.layout.block_size, self.width)
 
-    def unblock(self, cls_X1E: Tensor, blocks: Tensor, like_BNAE: Tensor) -> Tensor:
-        """CLS row and blocks as (C, N, A, E) again."""
+    def write_queries(self, target_BANE: Tensor, cls_X1E: Tensor, blocks: Tensor) -> None:
+        """Writes a CLS row and patch rows cut into blocks (X S, G, E)."""
         patches = blocks.view(len(cls_X1E), -1, self.width)[:, : self.num_tokens - 1]
-        num_heads = like_BNAE.shape[2]
-        return torch.cat([cls_X1E, patches], dim=1).unflatten(0, (-1, num_heads)).transpose(1, 2)
+        target_BANE[:, :, 0] = cls_X1E.view(*target_BANE.shape[:2], self.width)
+        target_BANE[:, :, 1:] = patches.unflatten(0, target_BANE.shape[:2])
 
     def weights(self, part: _Part, rows: Tensor, heads: slice) -> Tensor:
         """(X S, G, W): softmax over the keys that each query block sees."""
@@ -140,22 +143,13 @@ class _Plan:
             by_head += hidden(self.key_mask[clips, None], scores)
         return scores.softmax(dim=-1)
 
-    def write_keys(self, target_BNAE: Tensor, grads: Tensor, cls_grads_XNE: Tensor) -> None:
+    def write_keys(self, target_BANE: Tensor, grads: Tensor, cls_grads_XNE: Tensor) -> None:
         """Writes gradients of gathered keys (X S, W, E) added up per token, on top of the CLS query's."""
-        num_blocks, size = self.layout.num_blocks, self.layout.block_size
-        total = functional.pad(cls_grads_XNE, (0, 0, 0, self.padding))
-        total[:, 0] += grads[:, 0].view(-1, num_blocks, self.width).sum(dim=1)
-        patches = grads.new_zeros(len(total) * num_blocks, size, self.width)
-        first_X1 = torch.arange(len(total), device=grads.device)[:, None] * num_blocks
-        for place, listed_S in enumerate(self.layout.key_blocks_SK.T):
-            # An unused place holds zeros, so it may be added to any block.
-            index = (listed_S.clamp_min(0) + first_X1).flatten()
-            start = 1 + place * size
-            patches.index_add_(0, index, grads[:, start : start + size])
-        total[:, 1:] += patches.view(len(total), -1, self.width)
-        target_BNAE.copy_(
-            total[:, : self.num_tokens].unflatten(0, (-1, target_BNAE.shape[2])).transpose(1, 2)
-        )
+        total = cls_grads_XNE.reshape(-1, self.width)
+        first_X1 = torch.arange(len(cls_grads_XNE), device=total.device)[:, None] * self.num_tokens
+        # Places that hold no key point at CLS and bring zeros.
+        total.index_add_(0, (self.tokens_SW.flatten() + first_X1).flatten(), grads.view(-1, self.width))
+        target_BANE.copy_(total.view(target_BANE.shape))
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -164,15 +158,15 @@ class _BlockAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, table: Tensor, codes: Tensor, layout: EdgeLayout, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         plan = _Plan(qkv, table, codes, layout, key_mask)
-        out = qkv.new_empty(plan.num_clips, plan.num_tokens, plan.num_heads, plan.width)
+        out_BANE = qkv.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens, plan.width)
         cls_out = plan.table_AR.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens - 1)
         for clips, heads, rows in plan.parts():
             part = plan.part(clips, heads)
             mixed = torch.bmm(plan.weights(part, rows, heads), part.v_blocks)
             cls_weights = plan.cls_weights(part, clips, heads)
             cls_out[clips, heads] = cls_weights[:, 0, 1:].view(-1, *cls_out[:1, heads].shape[1:])
-            target = out[clips, :, heads]
-            target.copy_(plan.unblock(torch.bmm(cls_weights, part.v_XNE), mixed, target))
+            plan.write_queries(out_BANE[clips, heads], torch.bmm(cls_weights, part.v_XNE), mixed)
+        out = out_BANE.transpose(1, 2)
         ctx.save_for_backward(qkv, table, codes, key_mask, out)
         ctx.layout = layout
         ctx.mark_non_differentiable(cls_out)
@@ -182,12 +176,13 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         qkv, table, codes, key_mask, out = ctx.saved_tensors
         plan = _Plan(qkv, table, codes, ctx.layout, key_mask)
-        grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        grad_BANE = plan.heads_first(grad_out)
+        delta_BAN1 = (grad_BANE * plan.heads_first(out)).sum(dim=-1, keepdim=True)
+        dq_BANE, dk_BANE, dv_BANE = grads = qkv.new_empty(3, *grad_BANE.shape)
         grad_table = torch.zeros_like(plan.table_AR)
         for clips, heads, rows in plan.parts():
             part = plan.part(clips, heads)
-            grad_XNE = plan.heads_of(grad_out, clips, heads)
-            delta_XN1 = (grad_XNE * plan.heads_of(out, clips, heads)).sum(dim=-1, keepdim=True)
+            grad_XNE, delta_XN1 = (x[clips, heads].flatten(0, 1) for x in (grad_BANE, delta_BAN1))
 
             weights = plan.cls_weights(part, clips, heads)
             grad_cls = torch.bmm(grad_XNE[:, :1], part.v_XNE.transpose(1, 2))
@@ -199,19 +194,26 @@ class _BlockAttention(torch.autograd.Function):
             grad_table[heads, -2] += by_head[:, 0]
             grad_table[heads, -4] += by_head[:, 1:].sum(dim=1)
 
-            target = grad_qkv[clips, :, :, heads]
             weights = plan.weights(part, rows, heads)
             grad_blocks = plan.blocks(grad_XNE)
-            plan.write_keys(target[:, :, 2], torch.bmm(weights.transpose(1, 2), grad_blocks), dv_cls)
+            plan.write_keys(dv_BANE[clips, heads], torch.bmm(weights.transpose(1, 2), grad_blocks), dv_cls)
             grad_scores = torch.bmm(grad_blocks, part.v_blocks.transpose(1, 2))
             delta_blocks = functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding))
             grad_scores.sub_(delta_blocks.view(-1, plan.layout.block_size, 1)).mul_(weights)
             del weights
             _add_to_table(grad_table[heads], rows, grad_scores)
-            plan.write_keys(target[:, :, 1], torch.bmm(grad_scores.transpose(1, 2), part.q_blocks), dk_cls)
+            plan.write_keys(
+                dk_BANE[clips, heads], torch.bmm(grad_scores.transpose(1, 2), part.q_blocks), dk_cls
+            )
             dq = torch.bmm(grad_scores, part.k_blocks)
-            target[:, :, 0] = plan.unblock(dq_cls, dq, target[:, :, 0]) * plan.width**-0.5
-        return grad_qkv, grad_table[:, :-1].T.contiguous().to(table.dtype), None, None, None
+            plan.write_queries(dq_BANE[clips, heads], dq_cls * plan.scale, dq.mul_(plan.scale))
+        return (
+            grads.permute(1, 3, 0, 2, 4),
+            grad_table[:, :-1].T.contiguous().to(table.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _add_to_table(grad_AR: Tensor, rows: Tensor, grad_scores: Tensor) -> None:

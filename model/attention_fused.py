@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
@@ -85,7 +86,12 @@ def _load_or_build(compiler: str, library: Path) -> ctypes.CDLL:
             return ctypes.CDLL(str(library))
         except OSError as error:
             _LOG.warning("building the CPU attention kernel again: %s is damaged (%s)", library, error)
-    _compile(compiler, library)
+            library.unlink(missing_ok=True)
+    with FileLock(
+        library.with_suffix(".lock"), timeout=_COMPILE_TIMEOUT_S
+    ):  # the ranks of a machine come here at the same moment
+        if not library.exists():
+            _compile(compiler, library)
     return ctypes.CDLL(str(library))
 
 
@@ -116,7 +122,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """Writes `library` whole or not at all: several processes may do this at the same time."""
+    """Writes `library` whole or not at all."""
     start = time.perf_counter()
     handle, part = tempfile.mkstemp(dir=library.parent, suffix=".part")
     os.close(handle)

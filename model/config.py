@@ -73,7 +73,7 @@ class VideoConfig(FrozenSettings):
     eval_edge_seed: int = Field(
         default=0, description="random edges of evaluation are a function of this and the layer"
     )
-    attention_backend: Literal["auto", "reference", "blocks", "fused"] = "auto"
+    attention_backend: Literal["auto", "reference", "blocks", "fused", "triton"] = "auto"
     recompute: bool = Field(
         default=False, description="recompute each layer in the backward pass to save memory"
     )
