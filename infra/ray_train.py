@@ -13,6 +13,9 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
@@ -76,6 +79,8 @@ def run_workers(
     if taken:
         raise ValueError(f"train_config sets {taken}, which are filled in for each worker")
     resources = {"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    # Ray Train's controlling actor starts this one and waits for it; here the two start side by side.
+    get_or_create_autoscaling_coordinator()
     with environment(_DRIVER_ENVIRONMENT):
         trainer = _Trainer(
             _enter_worker,

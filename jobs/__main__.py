@@ -171,7 +171,8 @@ def bench(
     plan = Plan.quick() if quick else Plan()
     if frames:
         plan = replace(plan, frames=frames, growth_frames=())
-    return bench_model(plan, threads or len(os.sched_getaffinity(0)), record, _report())
+    num_threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    return bench_model(plan, num_threads, record, _report())
 
 
 VERBS = {

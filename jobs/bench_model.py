@@ -31,7 +31,7 @@ _GROWTH_CASES = (("layer", "fused (1,3,56)"), ("layer", "fused dense"), ("encode
 
 
 class BenchError(RuntimeError):
-    """A measuring process failed; the message carries its last words."""
+    """Settings that cannot be measured, or a measuring process that failed; the message carries its last words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,10 @@ class Plan:
 
 
 def bench_model(plan: Plan, num_threads: int, record_file: Path, report: ProgressReport) -> int:
-    """Measures, prints the tables, writes the record. Raises BenchError when a measuring process fails."""
+    """Measures, prints the tables, writes the record. Raises BenchError for settings that cannot be measured, and
+    when a measuring process fails.
+    """
+    _check(plan, num_threads, record_file)
     rows, rates = [], []
     for num_frames in plan.frames:
         for cases, samples in (
@@ -111,7 +114,6 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(fit) for fit in growth],
     }
-    record_file.parent.mkdir(parents=True, exist_ok=True)
     record_file.write_text(json.dumps(record, indent=1) + "\n")
     for level in ("layer", "encoder"):
         shown = table(level, [row for row in rows if row.level == level], max(rates))
@@ -123,6 +125,20 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
         )
     report.say(f"record: {record_file}")
     return 0
+
+
+def _check(plan: Plan, num_threads: int, record_file: Path) -> None:
+    """What would fail only after half an hour of measuring."""
+    if num_threads < 1 or min(plan.frames, default=0) < 1:
+        raise BenchError(f"threads is {num_threads} and frames are {plan.frames}; each has to be 1 or more")
+    try:
+        record_file.parent.mkdir(parents=True, exist_ok=True)
+        with record_file.open("a"):
+            pass
+    except OSError as error:
+        raise BenchError(
+            f"the record cannot be written to {record_file}: {error}; choose another --record"
+        ) from error
 
 
 def exponent(frames: Sequence[int], values: Sequence[float]) -> float:

@@ -1,12 +1,14 @@
 """The `pretrain` verb: one stage, placed on the cluster by Ray Train. This is what a stage job runs."""
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 from infra.ray_cluster import open_cluster
 from infra.ray_train import run_workers
 from jobs.run_dir import RunDir
+from model.kernel_build import unavailable_reason
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,8 @@ def run_stage(run_dir: Path, number: int, attempt: int, address: str | None) -> 
     run.stage(number)
     recipe = run.recipe()
     cluster = recipe.cluster
+    if not cluster.use_gpu:  # while the workers start: they would compile it with both their cores waiting
+        threading.Thread(target=unavailable_reason, name="build-kernel", daemon=True).start()
     with open_cluster(address, cluster.num_cpus):
         run_workers(
             _train,

@@ -23,13 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.attention_blocks import attend_in_blocks, hidden
-from model.attention_fused import (
-    FUSED_DTYPES,
-    FusedUnavailableError,
-    block_attention,
-    unavailable_reason,
-    warn_if_unavailable,
-)
+from model.attention_fused import FUSED_DTYPES, block_attention
+from model.kernel_build import FusedUnavailableError, unavailable_reason, warn_if_unavailable
 from model.sparsity import EdgeLayout
 
 Backend = Literal["auto", "reference", "blocks", "fused", "triton"]

@@ -217,6 +217,10 @@ inline void expect_row(const void* from, int64_t at, int width, bool bf16) {
   for (int byte = 0; byte < width * (bf16 ? 2 : 4); byte += 64) __builtin_prefetch(row + byte);
 }
 
+// Going back, values are read once a tile, so float32 rows of whole vectors are left where they are: on two threads
+// that is a 30th of the peak of a long clip. Keys are read twice and packed.
+inline bool values_in_place(const Problem& p) { return p.grad_qkv && !p.bf16 && p.width % L == 0; }
+
 // Buffers of one thread, cut from its part of the scratch.
 struct Buffers {
   float *k, *v, *dk, *dv, *table, *dtable, *q, *dout, *q_lanes, *dout_lanes, *result, *scores, *dscores;
@@ -231,7 +235,7 @@ struct Buffers {
       return part;
     };
     Buffers b;
-    b.k = take(n * wide), b.v = take(n * wide);
+    b.k = take(n * wide), b.v = take(values_in_place(p) ? 0 : n * wide);
     b.dk = take(backward * n * wide), b.dv = take(backward * n * wide);
     b.table = take(p.table_rows + 2 * L), b.dtable = take(backward * (p.table_rows + 2 * L));
     b.q = take(TILE * wide), b.q_lanes = take(p.width * TILE);
@@ -328,11 +332,15 @@ class Head {
 
   void pack(int64_t sample) {
     sample_ = sample;
+    const bool in_place = values_in_place(p_);
+    v_ = in_place ? (const float*)p_.qkv + qkv_at(0, 2) : at_.v;
+    v_stride_ = in_place ? int(p_.stride_token) : wide_;
     for (int i = 0; i < n_; ++i) {
       const int later = std::min(i + AHEAD, n_ - 1);
       expect_row(p_.qkv, qkv_at(later, 1), width_, p_.bf16);
-      expect_row(p_.qkv, qkv_at(later, 2), width_, p_.bf16);
       read_row(at_.k + i * wide_, p_.qkv, qkv_at(i, 1), width_, 1.0f, p_.bf16);
+      if (in_place) continue;
+      expect_row(p_.qkv, qkv_at(later, 2), width_, p_.bf16);
       read_row(at_.v + i * wide_, p_.qkv, qkv_at(i, 2), width_, 1.0f, p_.bf16);
     }
     const int64_t* codes = p_.codes + sample * p_.codes_stride;
@@ -511,10 +519,10 @@ class Head {
     }
     std::fill(at_.result, at_.result + tile.count * wide_, 0.0f);
     for (const Piece keys : pieces_) {
-      const float *k = at_.k + keys.token * wide_, *v = at_.v + keys.token * wide_;
+      const float *k = at_.k + keys.token * wide_, *v = v_ + int64_t(keys.token) * v_stride_;
       product<false>(keys.count, width_, tile.num_vecs, {k, wide_, 1}, at_.q_lanes, tile.stride, at_.scores,
                      tile.stride);
-      product<false>(keys.count, width_, tile.num_vecs, {v, wide_, 1}, at_.dout_lanes, tile.stride,
+      product<false>(keys.count, width_, tile.num_vecs, {v, v_stride_, 1}, at_.dout_lanes, tile.stride,
                      at_.dscores, tile.stride);
       if (p_.key_mask)
         for (int i = 0; i < keys.count; ++i)
@@ -587,7 +595,7 @@ class Head {
       store(at_.scores + i, exp_negative(load(at_.scores + i) - lse_0));
     float patches = 0;
     for (int i = 0; i < n_; ++i) {
-      at_.dscores[i] = at_.scores[i] * (dot(at_.dout, at_.v + i * wide_) - delta);
+      at_.dscores[i] = at_.scores[i] * (dot(at_.dout, v_ + int64_t(i) * v_stride_) - delta);
       if (i) patches += at_.dscores[i];
     }
     dcls_to_patch_ += patches, dcls_to_cls_ += at_.dscores[0];
@@ -614,6 +622,8 @@ class Head {
   const int n_, width_, wide_, vecs_;
   Buffers at_;
   std::vector<Piece> pieces_;
+  const float* v_ = nullptr;
+  int v_stride_ = 0;
   int64_t sample_ = 0, head_ = 0;
   const float* bias_ = nullptr;
   float* dbias_ = nullptr;

@@ -14,7 +14,7 @@ class WorldConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(default=0, ge=0, description="decides every script, picture and identifier")
-    num_train_videos: int = Field(default=32, ge=1, description="videos for training")
+    num_train_videos: int = Field(default=36, ge=1, description="videos for training")
     num_heldout_videos: int = Field(
         default=13, ge=0, description="videos whose clips are only used for EgoMCQ"
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType
@@ -102,18 +102,18 @@ class FramePipeline:
     def decode(self, store: ClipStore, views: Sequence[ClipView]) -> UInt8[Tensor, "B T C H W"]:
         """Read and decode the views. Raises ClipError naming the clip, shard and frame that cannot be."""
         jpegs = [store.read_frame(view.row, int(frame)) for view in views for frame in view.frames]
-        starts = [np.asarray(view.window[:2], dtype=np.int32) for view in views for _ in view.frames]
-        shapes = [np.asarray(view.window[2:], dtype=np.int32) for view in views for _ in view.frames]
+        windows = np.asarray([view.window for view in views], dtype=np.int32).repeat(self.num_frames, axis=0)
         try:
-            frames = self._run(jpegs, starts, shapes)
+            frames = self._run(jpegs, windows)
         except RuntimeError as error:
             raise self._find_damaged(store, views, error) from error
         size = self.image_size
         video_BTHWC = frames.view(len(views), self.num_frames, size, size, 3)
         return video_BTHWC.permute(0, 1, 4, 2, 3).contiguous()
 
-    def _run(self, jpegs: list[Any], starts: list[Any], shapes: list[Any]) -> Tensor:
-        (output,) = self._pipeline.run(jpeg=jpegs, start=starts, shape=shapes)
+    def _run(self, jpegs: list[Any], windows: Int32[np.ndarray, "n 4"]) -> Tensor:
+        start, shape = (np.ascontiguousarray(part) for part in np.split(windows, 2, axis=1))
+        (output,) = self._pipeline.run(jpeg=jpegs, start=start, shape=shape)
         # DALI uses its buffers again in the next run.
         if self._device == "gpu":
             return torch.from_dlpack(output.as_tensor()).clone()
@@ -122,10 +122,10 @@ class FramePipeline:
     def _find_damaged(self, store: ClipStore, views: Sequence[ClipView], error: RuntimeError) -> DataError:
         """One frame at a time, after a batch failed: DALI does not say which one it was."""
         for view in views:
-            start, shape = (np.asarray(part, dtype=np.int32) for part in (view.window[:2], view.window[2:]))
+            window = np.asarray([view.window], dtype=np.int32)
             for frame in view.frames:
                 try:
-                    self._run([store.read_frame(view.row, int(frame))], [start], [shape])
+                    self._run([store.read_frame(view.row, int(frame))], window)
                 except RuntimeError:
                     name = store.shard_name(view.row)
                     detail = f"frame {frame} in {name}.tar is no JPEG image that can be decoded"

@@ -136,3 +136,21 @@ def test_the_record_holds_where_it_comes_from_every_row_and_the_growth(
 def test_a_measuring_process_that_fails_is_named_with_its_words() -> None:
     with pytest.raises(BenchError, match=r"measuring memory of fused dense at 0 frames[\s\S]*Error"):
         bench_model._ask("memory", [Case("layer", "fused dense", 0)], 1, 1, {})
+
+
+@pytest.mark.parametrize(("threads", "frames"), [(0, (4,)), (2, (0,)), (2, ())])
+def test_what_cannot_be_measured_is_refused_at_once(
+    threads: int, frames: tuple[int, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(BenchError, match=f"threads is {threads} and frames are"):
+        bench_model.bench_model(
+            Plan(frames), threads, tmp_path / "record.json", ProgressReport(Console(file=io.StringIO()))
+        )
+
+
+def test_a_record_that_cannot_be_written_is_found_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchError, match="the record cannot be written to"):
+        bench_model.bench_model(
+            Plan.quick(), 1, tmp_path / "file" / "record.json", ProgressReport(Console(file=io.StringIO()))
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.attention_fused import unavailable_reason
+from model.kernel_build import unavailable_reason
 
 # Triton reads it when it is imported, which other packages may do.
 if not any(Path("/dev").glob("nvidia[0-9]*")):

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import attention_fused
+from model import attention_fused, kernel_build
 from model.attention import choose_backend, sparse_attention, token_codes
-from model.attention_fused import FusedUnavailableError, block_attention, load_kernel
+from model.attention_fused import block_attention
+from model.kernel_build import FusedUnavailableError, load_kernel
 from model.sparsity import draw_edge_layout
 from model.video_encoder import VideoEncoder
 from tests.model.tiny import tiny_batch, tiny_config
 
-CACHED = (load_kernel, attention_fused.unavailable_reason, attention_fused.warn_if_unavailable)
+CACHED = (load_kernel, kernel_build.unavailable_reason, kernel_build.warn_if_unavailable)
 
 
 def _arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +91,7 @@ def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_without_a_compiler_plain_torch_serves_and_the_reason_is_said_once(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attention_fused, "_COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(kernel_build, "_COMPILERS", ("no-such-compiler",))
     qkv, table, codes, _ = _arguments()
     layout = draw_edge_layout(27, 4, 1, 2, torch.Generator())
     with caplog.at_level(logging.WARNING):
@@ -109,7 +110,7 @@ def test_without_a_compiler_plain_torch_serves_and_the_reason_is_said_once(
 def test_a_compiler_that_fails_is_named_with_its_words_and_leaves_nothing_behind(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_fused, "_FLAGS", ("-std=c++17", "-no-such-flag"))
+    monkeypatch.setattr(kernel_build, "_FLAGS", ("-std=c++17", "-no-such-flag"))
     with pytest.raises(
         FusedUnavailableError, match=r"could not compile .*block_attention.cpp[\s\S]*no-such-flag"
     ):
@@ -118,7 +119,7 @@ def test_a_compiler_that_fails_is_named_with_its_words_and_leaves_nothing_behind
 
 
 def test_a_damaged_library_is_built_again(fresh_build: Path) -> None:
-    built = attention_fused._library_path("g++")
+    built = kernel_build._library_path("g++")
     built.write_bytes(b"torn")
     assert load_kernel() is not None
     assert built.stat().st_size > 1000
@@ -126,7 +127,7 @@ def test_a_damaged_library_is_built_again(fresh_build: Path) -> None:
 
 def test_importing_the_model_compiles_and_loads_nothing() -> None:
     code = (
-        "import model.video_encoder, model.attention_fused as fused\n"
+        "import model.video_encoder, model.kernel_build as fused\n"
         "assert fused.load_kernel.cache_info().currsize == 0\n"
         "assert 'block_attention-' not in open('/proc/self/maps').read()\n"
     )
