@@ -164,11 +164,18 @@ def bench(
     frames: Annotated[
         tuple[int, ...], tyro.conf.arg(help="Only these frame counts, and no fit of the growth.")
     ] = (),
+    only: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(
+            metavar="TEXT", help="Only cases with this in their name, such as fused; may be repeated."
+        ),
+    ] = (),
 ) -> int:
     """Measure time and memory on this machine, against torch's and Hugging Face's dense models."""
     from jobs.bench_model import Plan, bench_model
 
-    plan = Plan.quick() if quick else Plan()
+    plan = replace(Plan.quick() if quick else Plan(), only=only)
     if frames:
         plan = replace(plan, frames=frames, growth_frames=())
     num_threads = len(os.sched_getaffinity(0)) if threads is None else threads

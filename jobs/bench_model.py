@@ -74,13 +74,19 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure: frame counts of the table, frame counts of the growth fit, samples of each time."""
+    """What to measure: frame counts of the table, frame counts of the growth fit, samples of each time, and parts of
+    names that a case must hold one of (empty: all cases).
+    """
 
     frames: tuple[int, ...] = (4, 8, 16)
     growth_frames: tuple[int, ...] = _GROWTH_FRAMES
     layer_samples: int = 9
     encoder_samples: int = 3
     encoder_growth: bool = True
+    only: tuple[str, ...] = ()
+
+    def chosen(self, cases: Sequence[Case]) -> list[Case]:
+        return [case for case in cases if not self.only or any(part in case.name for part in self.only)]
 
     @staticmethod
     def quick() -> "Plan":
@@ -93,28 +99,38 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
     when a measuring process fails.
     """
     _check(plan, num_threads, record_file)
-    rows, rates = [], []
+    rows, rates, growth = [], [], []
+
+    def write_record() -> None:
+        """After every part: what was measured for minutes is not lost with what follows it."""
+        record = {
+            "version": RECORD_VERSION,
+            "provenance": provenance(),
+            "processor": _processor(),
+            "num_threads": num_threads,
+            "dtype": "float32",
+            "num_clips": 1,
+            "matmul_flops_per_s": max(rates),
+            "rows": [asdict(row) for row in rows],
+            "growth": [asdict(fit) for fit in growth],
+        }
+        record_file.write_text(json.dumps(record, indent=1) + "\n")
+
     for num_frames in plan.frames:
         for cases, samples in (
-            (layer_cases(num_frames), plan.layer_samples),
-            (encoder_cases(num_frames), plan.encoder_samples),
+            (plan.chosen(layer_cases(num_frames)), plan.layer_samples),
+            (plan.chosen(encoder_cases(num_frames)), plan.encoder_samples),
         ):
+            if not cases:
+                continue
             measured, rate = _measure(cases, samples, num_threads, report)
             rows += measured
             rates.append(rate)
-    growth = _growth(plan, rows, num_threads, report)
-    record = {
-        "version": RECORD_VERSION,
-        "provenance": provenance(),
-        "processor": _processor(),
-        "num_threads": num_threads,
-        "dtype": "float32",
-        "num_clips": 1,
-        "matmul_flops_per_s": max(rates),
-        "rows": [asdict(row) for row in rows],
-        "growth": [asdict(fit) for fit in growth],
-    }
-    record_file.write_text(json.dumps(record, indent=1) + "\n")
+            write_record()
+    if not rows:
+        raise BenchError(f"no case has {' or '.join(map(repr, plan.only))} in its name; see --help")
+    growth += _growth(plan, rows, num_threads, report)
+    write_record()
     for level in ("layer", "encoder"):
         shown = table(level, [row for row in rows if row.level == level], max(rates))
         report.console.print(shown, width=_TABLE_WIDTH, crop=False)

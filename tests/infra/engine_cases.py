@@ -61,6 +61,7 @@ PARITY = [
     {"zero_stage": 2, "gradient_clipping": 0.5, "tolerance": 1e-6},
     {"zero_stage": 2, "num_micro": 2, "tolerance": 1e-6},
     {"zero_stage": 0, "gradient_clipping": 0.5, "tolerance": 1e-6},
+    {"zero_stage": 1, "tolerance": 1e-6},
     {"zero_stage": 3, "tolerance": 1e-6},
     {"zero_stage": 1, "precision": "bf16", "tolerance": 2e-3},
 ]

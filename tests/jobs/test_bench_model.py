@@ -154,3 +154,11 @@ def test_a_record_that_cannot_be_written_is_found_before_measuring(tmp_path: Pat
         bench_model.bench_model(
             Plan.quick(), 1, tmp_path / "file" / "record.json", ProgressReport(Console(file=io.StringIO()))
         )
+
+
+def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path) -> None:
+    names = [case.name for case in Plan(only=("dense", "blocks")).chosen(layer_cases(4))]
+    assert names == ["blocks (1,3,56)", "fused dense"]
+    report = ProgressReport(Console(file=io.StringIO()))
+    with pytest.raises(BenchError, match="no case has 'fusd' in its name"):
+        bench_model.bench_model(Plan((4,), only=("fusd",)), 1, tmp_path / "record.json", report)
