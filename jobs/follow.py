@@ -8,7 +8,7 @@ from infra.ledger import Ledger, StageState
 from infra.ray_jobs import Jobs, JobState
 from jobs.progress import ProgressReport, ProgressTask
 from jobs.run_dir import RunDir
-from jobs.summary import describe_scores, describe_stage
+from jobs.summary import describe_scores, describe_stage, planned_steps
 
 POLL_S = 1.0
 
@@ -29,7 +29,7 @@ def follow_run(
         report.say(f"{title}: {describe_stage(recipe, stage)}")
         if "step" in state.facts:
             report.say(f"{title}: continues from its checkpoint of step {state.facts['step']}")
-        with report.task(title, state.facts.get("num_steps", stage.num_steps or 0)) as task:
+        with report.task(title, planned_steps(recipe, stage, state.facts) or 0) as task:
             job = _follow_stage(jobs, job_id, run, ledger, number, task, sleep)
         state = ledger.read().stage(number)
         if state.status != "done":

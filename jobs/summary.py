@@ -1,13 +1,17 @@
 """A run in words and as a table, from its ledger and journals."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from infra.journal import valid_records
 from infra.ledger import Ledger
-from jobs.recipe import Recipe, StageConfig
+from jobs.recipe import Recipe, StageConfig, num_stage_steps
 from jobs.run_dir import RunDir
+from pipeline.errors import ShardError
+from pipeline.manifest import read_manifest
 
 INTER, INTRA = "eval/egomcq/inter_video", "eval/egomcq/intra_video"
 PROBE_ORDERED, PROBE_SHUFFLED = "eval/temporal_probe/ordered", "eval/temporal_probe/shuffled"
@@ -67,12 +71,23 @@ def stage_table(run: RunDir) -> Table:
     return table
 
 
+def planned_steps(recipe: Recipe, stage: StageConfig, facts: Mapping[str, Any]) -> int | None:
+    """Steps of a stage: as its ledger facts say, else as the prepared clips make them; None before there are any."""
+    if "num_steps" in facts or stage.num_steps is not None:
+        return facts.get("num_steps", stage.num_steps)
+    try:
+        manifest = read_manifest(Path(recipe.data.shards) / "train")
+    except ShardError:
+        return None
+    return num_stage_steps(stage, manifest.num_clips)
+
+
 def _stage_cells(run: RunDir, recipe: Recipe, stage: StageConfig, number: int) -> dict[str, str]:
     state = Ledger(run.ledger_file).read().stage(number)
     tokens = recipe.stage_model(stage).video.tokens_by_layer()
     scores = state.facts.get("scores", {})
     last, peak_gib, rates = _journal_facts(run, number)
-    done, total = state.facts.get("step", 0), state.facts.get("num_steps", stage.num_steps)
+    done, total = state.facts.get("step", 0), planned_steps(recipe, stage, state.facts)
     return {
         "status": state.status,
         "frames": str(stage.num_frames),

@@ -9,7 +9,8 @@ from infra.journal import Journal
 from infra.ledger import Ledger
 from jobs.progress import ProgressReport
 from jobs.run_dir import RunDir
-from jobs.summary import describe_scores, describe_stage, interval, stage_table
+from jobs.summary import describe_scores, describe_stage, interval, planned_steps, stage_table
+from pipeline.manifest import MANIFEST_FILE, Manifest
 
 Report = tuple[ProgressReport, Callable[[], list[str]]]
 
@@ -109,3 +110,20 @@ def test_steps_voided_by_a_restart_are_not_shown(tmp_path: Path, report_lines: R
     report_training(run, 1, {10: 6.0, 20: 5.0})
     Journal(run.journal(1), resume_step=10).close()
     assert cells(run, report_lines)["loss"] == ["6.000", "-"]
+
+
+def test_epochs_become_steps_as_soon_as_there_are_shards(tmp_path: Path) -> None:
+    recipe = small_run(tmp_path, "stages.0.num_steps=null", "stages.0.num_epochs=2").recipe()
+    stage = recipe.stages[0]
+    assert planned_steps(recipe, stage, {}) is None
+    counts = {"num_clips": 43, "num_planned": 43, "num_rejected": 0, "repeated_frames": 0, "bytes": 1}
+    widths = {"clips_with_repeated_frames": 0, "num_frames": 4, "num_verbs": 1, "num_nouns": 1}
+    texts = {"name": "train", "fingerprint": "0", "shards": (), "files": {}, "settings": {}, "source": {}}
+    shards = Path(recipe.data.shards) / "train"
+    shards.mkdir(parents=True)
+    manifest = Manifest(**counts, **widths, **texts, rejected_by_reason={}, taxonomy=None)
+    (shards / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    # 43 clips are 5 batches of 8; what the ledger says counts more.
+    assert planned_steps(recipe, stage, {}) == 10
+    assert planned_steps(recipe, stage, {"num_steps": 12}) == 12
+    assert planned_steps(recipe, recipe.stages[1], {}) == 20
