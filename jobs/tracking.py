@@ -91,7 +91,9 @@ class RunTracking:
         facts = self._ledger.read().facts
         fact = fact_name(number)
         stage = self._recipe.stages[number - 1] if number else None
-        name = self._recipe.name if stage is None else f"{self._recipe.name} / {number} {stage.name}"
+        # The folder's name, which is the recipe's unless one was given: variants of a recipe can be told apart.
+        run_name = self._run.path.name
+        name = run_name if stage is None else f"{run_name} / {number} {stage.name}"
         parent = None if number == 0 else facts[fact_name(0)]
         run_id = runs.ensure(
             f"{self._run.run_id}-{number}", name, parent, self._tags(number), run_id=facts.get(fact)
