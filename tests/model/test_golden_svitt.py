@@ -45,7 +45,8 @@ def test_encoder_with_quirks_equals_the_published_code(golden: GoldenSet, name: 
     golden_cases.check_encoder(golden, name, quirks=True)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in get_args(Backend) if backend != "auto"])
+# Interpreted, the Triton kernels would take minutes here; their own tests hold them to the reference.
+@pytest.mark.parametrize("backend", sorted(set(get_args(Backend)) - {"auto", "triton"}))
 @pytest.mark.parametrize(("golden", "name"), _cases("encoder", "free"))
 def test_corrected_encoder_equals_the_published_code_where_no_quirk_acts(
     golden: GoldenSet, name: str, backend: Backend
