@@ -168,7 +168,8 @@ def bench(
         tuple[str, ...],
         tyro.conf.UseAppendAction,
         tyro.conf.arg(
-            metavar="TEXT", help="Only cases with this in their name, such as fused; may be repeated."
+            metavar="TEXT",
+            help="Only cases with this in their title, such as 'layer fused'; may be repeated.",
         ),
     ] = (),
 ) -> int:

@@ -39,6 +39,11 @@ class Case(NamedTuple):
     name: str
     num_frames: int
 
+    @property
+    def title(self) -> str:
+        """What `--only` looks in."""
+        return f"{self.level} {self.name}"
+
 
 def layer_cases(num_frames: int) -> list[Case]:
     """Attention of one layer by every backend, sparse and dense, and torch's."""

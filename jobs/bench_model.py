@@ -86,7 +86,7 @@ class Plan:
     only: tuple[str, ...] = ()
 
     def chosen(self, cases: Sequence[Case]) -> list[Case]:
-        return [case for case in cases if not self.only or any(part in case.name for part in self.only)]
+        return [case for case in cases if not self.only or any(part in case.title for part in self.only)]
 
     @staticmethod
     def quick() -> "Plan":
@@ -128,7 +128,7 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
             rates.append(rate)
             write_record()
     if not rows:
-        raise BenchError(f"no case has {' or '.join(map(repr, plan.only))} in its name; see --help")
+        raise BenchError(f"no case has {' or '.join(map(repr, plan.only))} in its title; see --help")
     growth += _growth(plan, rows, num_threads, report)
     write_record()
     for level in ("layer", "encoder"):

@@ -1,9 +1,10 @@
 """Block-sparse attention in plain torch: where no compiled kernel is at hand.
 
-Heads and samples are worked through in parts whose scores stay in the processor's cache. Nothing but inputs and
-result is kept for the backward pass, which gathers keys and computes the weights of a part again.
+Samples, heads and query blocks are worked through in parts whose scores stay in the processor's cache. Nothing but
+inputs and result is kept for the backward pass, which gathers keys and computes the weights of a part again.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from torch.nn import functional
 
 from model.sparsity import EdgeLayout
 
-# Scores of one part: a million values of float32 are 4 MiB, of which two or three copies are alive.
-_PART_SCORES = 1 << 20
+# Scores of one part: half a million values of float32 are 2 MiB, of which two or three copies are alive.
+_PART_SCORES = 1 << 19
 
 
 def hidden(seen: Bool[Tensor, "..."], scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -41,14 +42,14 @@ def attend_in_blocks(
 
 
 class _Part(NamedTuple):
-    """Queries, keys and values of some samples and heads (X of both), keys and values per query block.
-
-    `q` is scaled and padded to whole blocks; `rows` are those of the table, the last for keys that do not count.
+    """Some samples and heads (X of both) and some blocks of queries (Z): queries (X Z, G, E), and the keys and values
+    that each block sees (X Z, W, E). `rows` are those of the table (C, Z, G, W).
     """
 
-    q_XNE: Tensor
-    k_XNE: Tensor
-    v_XNE: Tensor
+    clips: slice
+    heads: slice
+    blocks: slice
+    rows: Tensor
     q_blocks: Tensor
     k_blocks: Tensor
     v_blocks: Tensor
@@ -67,7 +68,6 @@ class _Plan:
         self.dtype = torch.promote_types(qkv.dtype, torch.float32)
         self.q_BANE, self.k_BANE, self.v_BANE = (self.heads_first(x) for x in qkv.unbind(2))
         self.scale = self.width**-0.5
-        self.q_BANE = self.q_BANE * self.scale
         table = table.to(self.dtype)
         # One more row for keys that are not seen. One head after the other, so that lookups run along memory.
         unseen = table.new_full((self.num_heads, 1), float("-inf"))
@@ -75,15 +75,34 @@ class _Plan:
         self.tokens_SW, self.valid_SW = layout.token_index()
         self.padding = layout.num_blocks * layout.block_size - layout.num_patches
 
-    def parts(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Slices of samples and of heads, and the table rows of these samples. Samples share their lookup."""
-        one = self.tokens_SW.numel() * self.layout.block_size
-        clips = max(1, min(self.num_clips, _PART_SCORES // one))
-        heads = max(1, min(self.num_heads, _PART_SCORES // (one * clips)))
-        for clip in range(0, self.num_clips, clips):
-            rows = self.rows(slice(clip, clip + clips))
-            for head in range(0, self.num_heads, heads):
-                yield slice(clip, clip + clips), slice(head, head + heads), rows
+    def heads_first(self, tensor_BNAE: Tensor) -> Tensor:
+        """(B, A, N, E), so that a part is one piece of memory; a view where it is that already."""
+        return tensor_BNAE.transpose(1, 2).to(self.dtype).contiguous()
+
+    def parts(self) -> Iterator[_Part]:
+        """Whole samples while their scores fit a part, else one sample's heads, else one head's blocks."""
+        num_left = max(1, _PART_SCORES // (self.layout.block_size * self.tokens_SW.shape[1]))
+        steps: list[int] = []
+        for count in (self.layout.num_blocks, self.num_heads, self.num_clips):
+            steps.append(min(count, num_left))
+            num_left = max(1, num_left // count)
+        shares_rows = self.codes.dim() == 1 and self.key_mask is None
+        rows = self.rows(slice(0, 1)) if shares_rows else None
+        for clips in _slices(self.num_clips, steps[2]):
+            clip_rows = self.rows(clips) if rows is None else rows
+            # Heads go round fastest: the rows of these blocks are still in the cache.
+            for blocks, heads in itertools.product(
+                _slices(self.layout.num_blocks, steps[0]), _slices(self.num_heads, steps[1])
+            ):
+                yield _Part(
+                    clips,
+                    heads,
+                    blocks,
+                    clip_rows[:, blocks],
+                    self.queries(self.q_BANE[clips, heads], blocks),
+                    self.gathered(self.k_BANE[clips, heads], blocks),
+                    self.gathered(self.v_BANE[clips, heads], blocks),
+                )
 
     def rows(self, clips: slice) -> Tensor:
         """Table row of every patch query and gathered key: (C, S, G, W), C 1 where samples share them."""
@@ -102,54 +121,63 @@ class _Plan:
         )
         return torch.where(seen.unsqueeze(-2), rows, self.num_rows)
 
-    def heads_first(self, tensor_BNAE: Tensor) -> Tensor:
-        """(B, A, N, E), so that a part is one piece of memory; a view where it is that already."""
-        return tensor_BNAE.transpose(1, 2).to(self.dtype).contiguous()
+    def queries(self, tokens_CHNE: Tensor, blocks: slice) -> Tensor:
+        """(X Z, G, E): patches cut into blocks, the last one filled up with zeros."""
+        size = self.layout.block_size
+        patches = tokens_CHNE[:, :, 1 + blocks.start * size : 1 + blocks.stop * size]
+        missing = (blocks.stop - blocks.start) * size - patches.shape[2]
+        if missing:  # padding by nothing would still copy
+            patches = functional.pad(patches, (0, 0, 0, missing))
+        return patches.reshape(-1, size, tokens_CHNE.shape[-1])
 
-    def part(self, clips: slice, heads: slice) -> _Part:
-        q, k, v = (x[clips, heads].flatten(0, 1) for x in (self.q_BANE, self.k_BANE, self.v_BANE))
-        index = self.tokens_SW.flatten()
-        shape = (-1, self.tokens_SW.shape[1], self.width)
-        k_blocks, v_blocks = (x.index_select(1, index).view(shape) for x in (k, v))
-        return _Part(q, k, v, self.blocks(q), k_blocks, v_blocks)
+    def gathered(self, tokens_CHNE: Tensor, blocks: slice) -> Tensor:
+        """(X Z, W, E): the tokens that each block of queries sees."""
+        tokens = tokens_CHNE.flatten(0, 1).index_select(1, self.tokens_SW[blocks].flatten())
+        return tokens.view(-1, self.tokens_SW.shape[1], self.width)
 
-    def blocks(self, rows_XNE: Tensor) -> Tensor:
-        """(X S, G, E): patch rows cut into blocks."""
-        padded = functional.pad(rows_XNE[:, 1:], (0, 0, 0, self.padding))
-        return padded.reshape(-1, self.layout.block_size, self.width)
+    def write_queries(self, target_BANE: Tensor, part: _Part, values: Tensor) -> None:
+        """Writes what belongs to the queries of a part (X Z, G, E)."""
+        size = self.layout.block_size
+        patches = slice(1 + part.blocks.start * size, 1 + part.blocks.stop * size)
+        target_CHnE = target_BANE[part.clips, part.heads, patches]
+        values_CHnE = values.view(*target_CHnE.shape[:2], -1, self.width)
+        target_CHnE.copy_(values_CHnE[:, :, : target_CHnE.shape[2]])
 
-    def write_queries(self, target_BANE: Tensor, cls_X1E: Tensor, blocks: Tensor) -> None:
-        """Writes a CLS row and patch rows cut into blocks (X S, G, E)."""
-        patches = blocks.view(len(cls_X1E), -1, self.width)[:, : self.num_tokens - 1]
-        target_BANE[:, :, 0] = cls_X1E.view(*target_BANE.shape[:2], self.width)
-        target_BANE[:, :, 1:] = patches.unflatten(0, target_BANE.shape[:2])
+    def add_keys(self, target_BANE: Tensor, part: _Part, gathered: Tensor) -> None:
+        """Adds what belongs to the tokens that blocks see (X Z, W, E). Places without a key point at CLS and bring
+        zeros.
+        """
+        firsts_BA = torch.arange(self.num_clips * self.num_heads, device=gathered.device) * self.num_tokens
+        firsts_CH = firsts_BA.view(self.num_clips, -1)[part.clips, part.heads]
+        index = (firsts_CH.reshape(-1, 1) + self.tokens_SW[part.blocks].flatten()).flatten()
+        target_BANE.view(-1, self.width).index_add_(0, index, gathered.view(-1, self.width))
 
-    def weights(self, part: _Part, rows: Tensor, heads: slice) -> Tensor:
-        """(X S, G, W): softmax over the keys that each query block sees."""
-        scores = torch.bmm(part.q_blocks, part.k_blocks.transpose(1, 2))
-        by_head = scores.view(-1, self.table_AR[heads].shape[0], *rows.shape[1:])
+    def weights(self, part: _Part) -> Tensor:
+        """(X Z, G, W): softmax over the keys that each query block sees."""
+        tables = self.table_AR[part.heads]
+        # The bias first and the products on top of it: one pass less over the scores.
+        scores = part.q_blocks.new_empty(len(part.q_blocks), *part.rows.shape[-2:])
+        by_head = scores.view(-1, len(tables), *part.rows.shape[1:])
         # One head at a time: along one axis the lookup is a plain loop.
-        for head, table_R in enumerate(self.table_AR[heads]):
-            by_head[:, head] += table_R.index_select(0, rows.flatten()).view(rows.shape)
-        return scores.softmax(dim=-1)
+        for head, table_R in enumerate(tables):
+            by_head[:, head] = table_R.index_select(0, part.rows.flatten()).view(part.rows.shape)
+        return scores.baddbmm_(part.q_blocks, part.k_blocks.mT, alpha=self.scale).softmax(dim=-1)
 
-    def cls_weights(self, part: _Part, clips: slice, heads: slice) -> Tensor:
-        """(X, 1, N): softmax of the CLS query over all keys."""
-        scores = torch.bmm(part.q_XNE[:, :1], part.k_XNE.transpose(1, 2))
-        by_head = scores.view(-1, self.table_AR[heads].shape[0], self.num_tokens)
-        by_head[..., 0] += self.table_AR[heads, -2]
-        by_head[..., 1:] += self.table_AR[heads, -4, None]
+    def cls_weights(self) -> Tensor:
+        """(B, A, 1, N): softmax of the CLS query over all keys."""
+        scores = self.q_BANE[:, :, :1] @ self.k_BANE.mT * self.scale
+        scores[..., 0] += self.table_AR[:, -2, None]
+        scores[..., 1:] += self.table_AR[:, -4, None, None]
         if self.key_mask is not None:
-            by_head += hidden(self.key_mask[clips, None], scores)
+            scores += hidden(self.key_mask[:, None, None], scores)
         return scores.softmax(dim=-1)
 
-    def write_keys(self, target_BANE: Tensor, grads: Tensor, cls_grads_XNE: Tensor) -> None:
-        """Writes gradients of gathered keys (X S, W, E) added up per token, on top of the CLS query's."""
-        total = cls_grads_XNE.reshape(-1, self.width)
-        first_X1 = torch.arange(len(cls_grads_XNE), device=total.device)[:, None] * self.num_tokens
-        # Places that hold no key point at CLS and bring zeros.
-        total.index_add_(0, (self.tokens_SW.flatten() + first_X1).flatten(), grads.view(-1, self.width))
-        target_BANE.copy_(total.view(target_BANE.shape))
+
+def _slices(count: int, most: int) -> list[slice]:
+    """0 .. count in as few slices of at most `most` as can be, and those even."""
+    num_slices = -(-count // most)
+    borders = [count * number // num_slices for number in range(num_slices + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(borders)]
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -158,17 +186,15 @@ class _BlockAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, table: Tensor, codes: Tensor, layout: EdgeLayout, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         plan = _Plan(qkv, table, codes, layout, key_mask)
-        out_BANE = qkv.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens, plan.width)
-        cls_out = plan.table_AR.new_empty(plan.num_clips, plan.num_heads, plan.num_tokens - 1)
-        for clips, heads, rows in plan.parts():
-            part = plan.part(clips, heads)
-            mixed = torch.bmm(plan.weights(part, rows, heads), part.v_blocks)
-            cls_weights = plan.cls_weights(part, clips, heads)
-            cls_out[clips, heads] = cls_weights[:, 0, 1:].view(-1, *cls_out[:1, heads].shape[1:])
-            plan.write_queries(out_BANE[clips, heads], torch.bmm(cls_weights, part.v_XNE), mixed)
+        out_BANE = qkv.new_empty(plan.q_BANE.shape)
+        cls_weights = plan.cls_weights()
+        out_BANE[:, :, :1] = cls_weights @ plan.v_BANE
+        for part in plan.parts():
+            plan.write_queries(out_BANE, part, torch.bmm(plan.weights(part), part.v_blocks))
         out = out_BANE.transpose(1, 2)
         ctx.save_for_backward(qkv, table, codes, key_mask, out)
         ctx.layout = layout
+        cls_out = cls_weights[:, :, 0, 1:]
         ctx.mark_non_differentiable(cls_out)
         return out, cls_out
 
@@ -178,42 +204,34 @@ class _BlockAttention(torch.autograd.Function):
         plan = _Plan(qkv, table, codes, ctx.layout, key_mask)
         grad_BANE = plan.heads_first(grad_out)
         delta_BAN1 = (grad_BANE * plan.heads_first(out)).sum(dim=-1, keepdim=True)
-        dq_BANE, dk_BANE, dv_BANE = grads = qkv.new_empty(3, *grad_BANE.shape)
+        dq_BANE, dk_BANE, dv_BANE = grads = grad_BANE.new_empty(3, *grad_BANE.shape)
         grad_table = torch.zeros_like(plan.table_AR)
-        for clips, heads, rows in plan.parts():
-            part = plan.part(clips, heads)
-            grad_XNE, delta_XN1 = (x[clips, heads].flatten(0, 1) for x in (grad_BANE, delta_BAN1))
 
-            weights = plan.cls_weights(part, clips, heads)
-            grad_cls = torch.bmm(grad_XNE[:, :1], part.v_XNE.transpose(1, 2))
-            grad_cls = (grad_cls - delta_XN1[:, :1]) * weights
-            dq_cls = torch.bmm(grad_cls, part.k_XNE)
-            dk_cls = grad_cls.transpose(1, 2) * part.q_XNE[:, :1]
-            dv_cls = weights.transpose(1, 2) * grad_XNE[:, :1]
-            by_head = grad_cls.view(-1, *grad_table[heads, :1].shape[:1], plan.num_tokens).sum(dim=0)
-            grad_table[heads, -2] += by_head[:, 0]
-            grad_table[heads, -4] += by_head[:, 1:].sum(dim=1)
+        # The CLS query. What it brings to keys and values is written, what patches bring is added to it.
+        weights = plan.cls_weights()
+        torch.mul(weights.mT, grad_BANE[:, :, :1], out=dv_BANE)
+        grad_scores = (grad_BANE[:, :, :1] @ plan.v_BANE.mT).sub_(delta_BAN1[:, :, :1]).mul_(weights)
+        by_head_AN = grad_scores.sum(dim=(0, 2))
+        grad_table[:, -2] = by_head_AN[:, 0]
+        grad_table[:, -4] = by_head_AN[:, 1:].sum(dim=1)
+        grad_scores.mul_(plan.scale)
+        torch.mul(grad_scores.mT, plan.q_BANE[:, :, :1], out=dk_BANE)
+        dq_BANE[:, :, :1] = grad_scores @ plan.k_BANE
 
-            weights = plan.weights(part, rows, heads)
-            grad_blocks = plan.blocks(grad_XNE)
-            plan.write_keys(dv_BANE[clips, heads], torch.bmm(weights.transpose(1, 2), grad_blocks), dv_cls)
-            grad_scores = torch.bmm(grad_blocks, part.v_blocks.transpose(1, 2))
-            delta_blocks = functional.pad(delta_XN1[:, 1:], (0, 0, 0, plan.padding))
-            grad_scores.sub_(delta_blocks.view(-1, plan.layout.block_size, 1)).mul_(weights)
-            del weights
-            _add_to_table(grad_table[heads], rows, grad_scores)
-            plan.write_keys(
-                dk_BANE[clips, heads], torch.bmm(grad_scores.transpose(1, 2), part.q_blocks), dk_cls
+        for part in plan.parts():
+            weights = plan.weights(part)
+            grad_blocks, delta_blocks = (
+                plan.queries(x[part.clips, part.heads], part.blocks) for x in (grad_BANE, delta_BAN1)
             )
-            dq = torch.bmm(grad_scores, part.k_blocks)
-            plan.write_queries(dq_BANE[clips, heads], dq_cls * plan.scale, dq.mul_(plan.scale))
-        return (
-            grads.permute(1, 3, 0, 2, 4),
-            grad_table[:, :-1].T.contiguous().to(table.dtype),
-            None,
-            None,
-            None,
-        )
+            plan.add_keys(dv_BANE, part, torch.bmm(weights.mT, grad_blocks))
+            grad_scores = torch.bmm(grad_blocks, part.v_blocks.mT).sub_(delta_blocks).mul_(weights)
+            del weights
+            _add_to_table(grad_table[part.heads], part.rows, grad_scores)
+            grad_scores.mul_(plan.scale)
+            plan.add_keys(dk_BANE, part, torch.bmm(grad_scores.mT, part.q_blocks))
+            plan.write_queries(dq_BANE, part, torch.bmm(grad_scores, part.k_blocks))
+        grad_table = grad_table[:, :-1].T.contiguous().to(table.dtype)
+        return grads.permute(1, 3, 0, 2, 4).to(qkv.dtype), grad_table, None, None, None
 
 
 def _add_to_table(grad_AR: Tensor, rows: Tensor, grad_scores: Tensor) -> None:
@@ -222,4 +240,4 @@ def _add_to_table(grad_AR: Tensor, rows: Tensor, grad_scores: Tensor) -> None:
     if len(rows) == 1:
         by_head = by_head.sum(dim=0, keepdim=True)
     for head, grad_R in enumerate(grad_AR):
-        grad_R.index_add_(0, rows.flatten(), by_head[:, head].flatten())
+        grad_R.scatter_add_(0, rows.flatten(), by_head[:, head].flatten())
