@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.atomic import write_text_atomically
+from pipeline.clip import make_record
 from pipeline.clip_rule import ClipRuleResult, NarrationTimes, TimedClip, clips_by_rule
 from pipeline.config import ClipRuleConfig
-from pipeline.egoclip import EgoClipRow, format_egoclip, make_record
+from pipeline.egoclip import EgoClipRow, format_egoclip
 from pipeline.egomcq import build_egomcq, probe_questions, read_egomcq
 from pipeline.errors import DataError
 from pipeline.narrations import PASS_NAMES, NarratedVideo, Taxonomy, read_narrations, read_taxonomy

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.clip import ClipRecord
 from pipeline.decode import PyAvDecoder
-from pipeline.egoclip import ClipRecord
 from pipeline.errors import ClipError, DataError
 from pipeline.frame_match import FrameFailure, FrameRequest
 from pipeline.video import midpoint_times, resolve_timeline

@@ -12,22 +12,26 @@ from typing import Any, Protocol, TypeVar
 
 from jobs.progress import ProgressReport
 from pipeline.atomic import write_atomically
+from pipeline.clip_table import ClipTable
 from pipeline.config import PrepareConfig
-from pipeline.egoclip import ClipRecord, ReadReport, read_egoclip
+from pipeline.egoclip import read_egoclip
 from pipeline.egomcq import read_egomcq
 from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError, VideoError
 from pipeline.manifest import (
     REJECTED_FILE,
     Manifest,
     build_manifest,
+    indexed_captions,
     unpublish,
+    write_index,
     write_manifest,
     write_rejected,
 )
 from pipeline.narrations import Taxonomy, read_taxonomy
 from pipeline.prepare import ShardPlan, build_shard, find_video, plan_shards, shard_settings
 from pipeline.questions import QUESTIONS_FILE, build_question_set, questions_to_bytes
-from pipeline.shards import ShardReceipt, read_receipt, sha256_of_file, shard_paths
+from pipeline.read_report import ReadReport
+from pipeline.shards import ShardReceipt, ShardSummary, read_receipt, sha256_of_file, shard_paths
 from pipeline.text import build_vocabulary
 from pipeline.video import VideoTimeline
 
@@ -62,12 +66,16 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class _ShardSet:
-    """One set under way: where it goes, its receipts in order, and what reading its annotations said."""
+    """One set under way: where it goes, its shards in order, and what reading its annotations said."""
 
     name: str
     out_dir: Path
-    receipts: list[ShardReceipt]
+    shards: list[ShardSummary]
     read_report: ReadReport
+
+    def receipts(self) -> Iterator[ShardReceipt]:
+        """Read again from disk, one after the other."""
+        return (read_receipt(shard_paths(self.out_dir, shard.name)[1]) for shard in self.shards)
 
     @property
     def num_lost_rows(self) -> int:
@@ -75,11 +83,11 @@ class _ShardSet:
 
     @property
     def num_rejected(self) -> int:
-        return sum(len(receipt.rejected) for receipt in self.receipts)
+        return sum(len(shard.rejected) for shard in self.shards)
 
     @property
     def stored_ids(self) -> set[str]:
-        return {clip.clip_id for receipt in self.receipts for clip in receipt.clips}
+        return {clip.clip_id for receipt in self.receipts() for clip in receipt.clips}
 
 
 def run_prepare(
@@ -99,27 +107,28 @@ def run_prepare(
     """
     # Tasks may run in another working directory.
     videos_dir, out_dir = Path(videos_dir).absolute(), Path(out_dir).absolute()
-    records, read_report = read_egoclip(Path(egoclip_tsv))
-    if not records:
+    clips, read_report = read_egoclip(Path(egoclip_tsv))
+    if not clips:
         raise DataError(f"read {egoclip_tsv}: no row can be used: {'; '.join(read_report.lines())}")
     questions = read_egomcq(Path(egomcq_json)) if egomcq_json is not None else []
-    choices = list({clip.clip_id: clip for question in questions for clip in question.choices}.values())
+    choices = ClipTable.of({c.clip_id: c for question in questions for c in question.choices}.values())
     found_taxonomy = read_taxonomy(Path(taxonomy)) if taxonomy is not None else None
-    num_tags = _num_tags([*records, *choices], found_taxonomy)
+    num_tags = _num_tags((clips, choices), found_taxonomy)
 
-    def build(name: str, clips: Sequence[ClipRecord], read_report: ReadReport) -> _ShardSet:
-        receipts = _build_shards(name, clips, str(videos_dir), out_dir / name, config, mapper, progress)
-        write_rejected(out_dir / name, receipts)
-        return _ShardSet(name, out_dir / name, receipts, read_report)
+    def build(name: str, clips: ClipTable, read_report: ReadReport) -> _ShardSet:
+        shards = _build_shards(name, clips, str(videos_dir), out_dir / name, config, mapper, progress)
+        write_rejected(out_dir / name, shards)
+        return _ShardSet(name, out_dir / name, shards, read_report)
 
     def publish(built: _ShardSet, files: dict[str, bytes], source: dict[str, Any]) -> Manifest:
         return _publish(built, files, shard_settings(config), found_taxonomy, num_tags, source)
 
-    train = build(TRAIN, records, read_report)
+    train = build(TRAIN, clips, read_report)
     # The reader of questions refuses a file with an unusable entry: it has no such rows to report.
     mcq = build(EGOMCQ, choices, ReadReport()) if questions else None
     _hold_to_budget([train] if mcq is None else [train, mcq], config.max_rejected_share)
-    vocabulary = build_vocabulary(clip.caption for receipt in train.receipts for clip in receipt.clips)
+    write_index(train.out_dir, train.receipts())
+    vocabulary = build_vocabulary(indexed_captions(train.out_dir))
     vocabulary_bytes = "".join(f"{token}\n" for token in vocabulary).encode()
     train_manifest = publish(
         train, {VOCABULARY_FILE: vocabulary_bytes}, _train_source(egoclip_tsv, read_report)
@@ -127,6 +136,7 @@ def run_prepare(
     if mcq is None or egomcq_json is None:
         return PrepareResult(train_manifest, None, read_report)
     reversed_verbs = found_taxonomy.reversed_verbs if found_taxonomy is not None else ()
+    write_index(mcq.out_dir, mcq.receipts())
     question_set = build_question_set(questions, mcq.stored_ids, reversed_verbs)
     source = {
         "file": Path(egomcq_json).name,
@@ -148,43 +158,44 @@ def _train_source(egoclip_tsv: str | Path, report: ReadReport) -> dict[str, Any]
     }
 
 
-def _num_tags(clips: Sequence[ClipRecord], taxonomy: Taxonomy | None) -> tuple[int, int]:
+def _num_tags(tables: Sequence[ClipTable], taxonomy: Taxonomy | None) -> tuple[int, int]:
     """Widths of the multi-hot tags. Raises DataError for a tag that the taxonomy does not have."""
     widths: list[int] = []
     for kind in ("verbs", "nouns"):
-        largest = max(
-            ((max(getattr(clip, kind), default=-1), clip.clip_id) for clip in clips), default=(-1, "")
-        )
+        largest = -1
         names = getattr(taxonomy, kind) if taxonomy is not None else None
-        if names is not None and largest[0] >= len(names):
-            raise DataError(
-                f"clip {largest[1]} has the {kind} class {largest[0]}, the taxonomy has {len(names)} {kind}; "
-                "use the taxonomy the clips were tagged with"
-            )
-        widths.append(len(names) if names is not None else max(1, largest[0] + 1))
+        for table in tables:
+            tag, row = table.largest_tag(kind)
+            if names is not None and tag >= len(names):
+                raise DataError(
+                    f"clip {table[row].clip_id} has the {kind} class {tag}, the taxonomy has {len(names)} {kind}; "
+                    "use the taxonomy the clips were tagged with"
+                )
+            largest = max(largest, tag)
+        widths.append(len(names) if names is not None else max(1, largest + 1))
     return widths[0], widths[1]
 
 
 def _build_shards(
     name: str,
-    clips: Sequence[ClipRecord],
+    clips: ClipTable,
     videos_dir: str,
     out_dir: Path,
     config: PrepareConfig,
     mapper: Mapper,
     progress: ProgressReport,
-) -> list[ShardReceipt]:
-    """All receipts of a set in shard order; what is finished and undamaged is only checked."""
+) -> list[ShardSummary]:
+    """All shards of a set in order; what is finished and undamaged is only checked."""
 
     # Plain functions, not partials: Ray makes tasks of nothing else.
     def find(video_uid: str) -> tuple[str, VideoTimeline | VideoError]:
         return find_video(video_uid, videos_dir, config.layout)
 
-    def build(plan: ShardPlan) -> ShardReceipt:
-        return build_shard(plan, out_dir)
+    def build(plan: ShardPlan) -> ShardSummary:
+        return build_shard(plan, out_dir).summary
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    video_uids = sorted({clip.video_uid for clip in clips})
+    video_uids = clips.video_uids
     timelines: dict[str, VideoTimeline | VideoError] = {}
     with progress.task(f"{name}: finding videos", len(video_uids)) as task:
         for video_uid, found in mapper(find, video_uids):
@@ -193,12 +204,14 @@ def _build_shards(
     plans = plan_shards(clips, timelines, config)
     if not all(_looks_finished(out_dir, plan) for plan in plans):
         unpublish(out_dir)
-    receipts: dict[str, ShardReceipt] = {}
+    shards: dict[str, ShardSummary] = {}
+    num_clips = 0
     with progress.task(f"{name}: shards", len(plans)) as task:
-        for receipt in mapper(build, plans):
-            receipts[receipt.name] = receipt
-            task.advance(note=f"{sum(r.num_clips for r in receipts.values())} clips")
-    return [receipts[plan.name] for plan in plans]
+        for shard in mapper(build, plans):
+            shards[shard.name] = shard
+            num_clips += shard.num_clips
+            task.advance(note=f"{num_clips} clips")
+    return [shards[shard_name] for shard_name in plans.names]
 
 
 def _looks_finished(out_dir: Path, plan: ShardPlan) -> bool:
@@ -215,7 +228,7 @@ def _looks_finished(out_dir: Path, plan: ShardPlan) -> bool:
 def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> None:
     faults: list[str] = []
     for built in sets:
-        num_clips = sum(receipt.num_clips for receipt in built.receipts)
+        num_clips = sum(shard.num_clips for shard in built.shards)
         lost = built.num_rejected + built.num_lost_rows
         share = lost / max(1, num_clips + lost)
         if num_clips and share <= max_rejected_share:
@@ -234,7 +247,7 @@ def _hold_to_budget(sets: Sequence[_ShardSet], max_rejected_share: float) -> Non
 
 def _describe_losses(built: _ShardSet) -> str:
     """Counts by reason, then the rows with their line numbers, then one rejected clip of each video."""
-    rejected = [clip for receipt in built.receipts for clip in receipt.rejected]
+    rejected = [clip for shard in built.shards for clip in shard.rejected]
     counts = [(reason, count) for reason, count in Counter(c.reason.value for c in rejected).most_common()]
     if built.num_lost_rows:
         counts.append(("unusable rows", built.num_lost_rows))
@@ -266,12 +279,12 @@ def _publish(
     checksums = {file_name: sha256_of_file(built.out_dir / file_name) for file_name in files}
     manifest = build_manifest(
         built.name,
-        built.receipts,
+        built.shards,
         settings,
         checksums,
         taxonomy.to_json() if taxonomy is not None else None,
         num_tags,
         source,
     )
-    write_manifest(built.out_dir, manifest, built.receipts)
+    write_manifest(built.out_dir, manifest, [shard.name for shard in built.shards])
     return manifest

@@ -1,27 +1,41 @@
 """Files that a reader sees whole or not at all."""
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write beside the target, sync, rename, sync the folder: readers see the old file or the new one."""
+@contextlib.contextmanager
+def replaced_whole(path: str | Path) -> Iterator[Path]:
+    """Yields a name beside the target to write to; at the end it is synced, renamed, and the folder synced.
+
+    Readers see the old file or the new one. An exception leaves the old one and nothing else.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        _sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file by rename; see `replaced_whole`."""
+    with replaced_whole(path) as partial:
+        partial.write_bytes(content)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_text_atomically(path: Path, text: str) -> bool:

@@ -7,14 +7,15 @@ number: nothing is dropped without a word. Tag lists are parsed as integers and 
 import csv
 import math
 import re
-import zlib
-from collections import Counter
+from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.atomic import write_text_atomically
+from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.errors import DataError, Reason
+from pipeline.read_report import ReadReport, RowCounter, RowError
 
 COLUMNS = (
     "clip_idx",
@@ -30,22 +31,9 @@ COLUMNS = (
     "tag_noun",
 )
 END_CLAMPED = "end_beyond_video_clamped"
-MAX_EXAMPLES = 5
 _TAGS = re.compile(r"\[\s*(?:\d+(?:\s*,\s*\d+)*\s*,?\s*)?\]")
-
-
-@dataclass(frozen=True, slots=True)
-class ClipRecord:
-    """One clip with its caption. Times are seconds in the whole video; verbs and nouns are class ids."""
-
-    clip_id: str
-    video_uid: str
-    start_s: float
-    end_s: float
-    narration_s: float
-    caption: str
-    verbs: tuple[int, ...] = ()
-    nouns: tuple[int, ...] = ()
+# Class numbers are stored in 32 bits.
+_MAX_TAG = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,50 +53,6 @@ class EgoClipRow:
     tag_noun: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ReadReport:
-    """What became of the rows of a file.
-
-    rows = kept + the counts of bad_row, end_before_start, outside_video, empty_caption and duplicate.
-    negative_start_clamped and end_beyond_video_clamped count rows that were changed and kept.
-    examples: reason -> first lines, "line 17: ...".
-    """
-
-    rows: int = 0
-    kept: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def lines(self) -> list[str]:
-        """Returns the report as text lines for a person."""
-        out = [f"{self.rows} rows, {self.kept} kept"]
-        for reason, count in sorted(self.counts.items()):
-            out.append(f"{reason}: {count}")
-            out.extend(f"    {example}" for example in self.examples.get(reason, []))
-        return out
-
-
-def make_clip_id(video_uid: str, start_s: float, end_s: float, caption: str) -> str:
-    """Returns an id that is stable over machines and safe as a file name in a tar of WebDataset samples."""
-    uid = re.sub(r"[^A-Za-z0-9_-]", "_", video_uid)
-    checksum = zlib.crc32(caption.encode())
-    return f"{uid}_{round(start_s * 1000):09d}_{round(end_s * 1000):09d}_{checksum:08x}"
-
-
-def make_record(
-    video_uid: str,
-    start_s: float,
-    end_s: float,
-    narration_s: float,
-    caption: str,
-    verbs: tuple[int, ...],
-    nouns: tuple[int, ...],
-) -> ClipRecord:
-    """Builds a record with its id."""
-    clip_id = make_clip_id(video_uid, start_s, end_s, caption)
-    return ClipRecord(clip_id, video_uid, start_s, end_s, narration_s, caption, verbs, nouns)
-
-
 def parse_tags(text: str) -> tuple[int, ...]:
     """Parses a tag list such as "[192, 115]"; empty text and "[]" give (). Raises ValueError otherwise."""
     text = text.strip()
@@ -116,56 +60,37 @@ def parse_tags(text: str) -> tuple[int, ...]:
         return ()
     if not _TAGS.fullmatch(text):
         raise ValueError(f"{text[:60]!r} is not a list of class numbers such as [192, 115]")
-    return tuple(int(number) for number in re.findall(r"\d+", text))
+    tags = tuple(int(number) for number in re.findall(r"\d+", text))
+    if tags and max(tags) > _MAX_TAG:
+        raise ValueError(f"{text[:60]!r} holds a class number above {_MAX_TAG}")
+    return tags
 
 
-class _Report:
-    """Counts while reading."""
-
-    def __init__(self) -> None:
-        self.rows = self.kept = 0
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def count(self, reason: str, line_number: int, detail: str) -> None:
-        self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(f"line {line_number}: {detail}")
-
-
-class _RowError(Exception):
-    """A row that cannot be used: reason and detail."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-def read_egoclip(path: Path) -> tuple[list[ClipRecord], ReadReport]:
-    """Reads an EgoClip file into records and a report of everything that was not as it should be.
+def read_egoclip(path: Path) -> tuple[ClipTable, ReadReport]:
+    """Reads an EgoClip file into a table and a report of everything that was not as it should be.
 
     Negative starts are set to 0, ends beyond the video to its end; rows that cannot be used are skipped;
     all are counted with line numbers. Raises DataError when there is no file or a column is missing.
     """
-    report = _Report()
-    records: list[ClipRecord] = []
-    seen: set[str] = set()
+    counter = RowCounter()
+    builder = ClipTableBuilder()
+    line_numbers = array("i")
     for line_number, cells, columns in _cells(path):
-        report.rows += 1
+        counter.rows += 1
         try:
             if cells is None:
-                raise _RowError(Reason.BAD_ROW, "not UTF-8 text")
-            record = _record(cells, columns, line_number, report)
-            if record.clip_id in seen:
-                raise _RowError(Reason.DUPLICATE, f"clip {record.clip_id} again")
-        except _RowError as error:
-            report.count(error.reason, line_number, error.detail)
+                raise RowError(Reason.BAD_ROW, "not UTF-8 text")
+            _add_row(builder, cells, columns, line_number, counter)
+        except RowError as error:
+            counter.count(error.reason, line_number, error.detail)
             continue
-        seen.add(record.clip_id)
-        records.append(record)
-    report.kept = len(records)
-    return records, ReadReport(report.rows, report.kept, dict(report.counts), report.examples)
+        line_numbers.append(line_number)
+    table = builder.build()
+    repeats = table.repeats()
+    for row in repeats.tolist():
+        counter.count(Reason.DUPLICATE, line_numbers[row], f"clip {table[row].clip_id} again")
+    table = table.without(repeats)
+    return table, counter.report(len(table))
 
 
 def format_egoclip(rows: Iterable[EgoClipRow]) -> str:
@@ -233,32 +158,38 @@ def _split(line: str, num_columns: int) -> list[str]:
     return line.split("\t")
 
 
-def _record(cells: list[str], columns: dict[str, int], line_number: int, report: _Report) -> ClipRecord:
+def _add_row(
+    builder: ClipTableBuilder,
+    cells: list[str],
+    columns: dict[str, int],
+    line_number: int,
+    counter: RowCounter,
+) -> None:
     if len(cells) <= max(columns.values()):
-        raise _RowError(Reason.BAD_ROW, f"{len(cells)} cells, expected {max(columns.values()) + 1}")
+        raise RowError(Reason.BAD_ROW, f"{len(cells)} cells, expected {max(columns.values()) + 1}")
     row = {name: cells[place].strip() for name, place in columns.items()}
     duration_s, narration_s, start_s, end_s = (
         _seconds(row, name) for name in ("video_dur", "narration_time", "clip_start", "clip_end")
     )
     if not row["video_uid"]:
-        raise _RowError(Reason.BAD_ROW, "video_uid is empty")
+        raise RowError(Reason.BAD_ROW, "video_uid is empty")
     if not row["clip_text"]:
-        raise _RowError(Reason.EMPTY_CAPTION, "clip_text is empty")
+        raise RowError(Reason.EMPTY_CAPTION, "clip_text is empty")
     try:
         verbs, nouns = parse_tags(row["tag_verb"]), parse_tags(row["tag_noun"])
     except ValueError as error:
-        raise _RowError(Reason.BAD_ROW, str(error)) from error
+        raise RowError(Reason.BAD_ROW, str(error)) from error
     if end_s <= start_s or end_s <= 0:
-        raise _RowError(Reason.END_BEFORE_START, f"clip {start_s} to {end_s} s holds nothing")
+        raise RowError(Reason.END_BEFORE_START, f"clip {start_s} to {end_s} s holds nothing")
     if start_s >= duration_s:
-        raise _RowError(Reason.OUTSIDE_VIDEO, f"clip starts at {start_s} s, the video has {duration_s} s")
+        raise RowError(Reason.OUTSIDE_VIDEO, f"clip starts at {start_s} s, the video has {duration_s} s")
     if start_s < 0:
-        report.count(Reason.NEGATIVE_START_CLAMPED, line_number, f"clip_start {start_s} set to 0")
+        counter.count(Reason.NEGATIVE_START_CLAMPED, line_number, f"clip_start {start_s} set to 0")
         start_s = 0.0
     if end_s > duration_s:
-        report.count(END_CLAMPED, line_number, f"clip_end {end_s} set to video_dur {duration_s}")
+        counter.count(END_CLAMPED, line_number, f"clip_end {end_s} set to video_dur {duration_s}")
         end_s = duration_s
-    return make_record(row["video_uid"], start_s, end_s, narration_s, row["clip_text"], verbs, nouns)
+    builder.add(row["video_uid"], start_s, end_s, narration_s, row["clip_text"], verbs, nouns)
 
 
 def _seconds(row: dict[str, str], name: str) -> float:
@@ -267,5 +198,5 @@ def _seconds(row: dict[str, str], name: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise _RowError(Reason.BAD_ROW, f"{name} is {row[name][:40]!r}, expected seconds")
+        raise RowError(Reason.BAD_ROW, f"{name} is {row[name][:40]!r}, expected seconds")
     return value

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.egoclip import ClipRecord, make_record, parse_tags
+from pipeline.clip import ClipRecord, make_record
+from pipeline.egoclip import parse_tags
 from pipeline.errors import DataError
 
 Kind = Literal["inter", "intra"]

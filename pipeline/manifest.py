@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.atomic import write_atomically
+from pipeline.atomic import replaced_whole, write_atomically
 from pipeline.errors import ShardError
 from pipeline.shards import (
     ShardReceipt,
+    ShardSummary,
     sha256_of_file,
     shard_paths,
     to_json_bytes,
@@ -30,6 +31,7 @@ MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.parquet"
 REJECTED_FILE = "rejected.jsonl"
 MAX_FAULTS = 10
+_ROWS_AT_ONCE = 1 << 14
 _SHARD_FILE = re.compile(r"(shard-\d{5,})\.(tar|json)")
 
 INDEX_SCHEMA = pa.schema(
@@ -95,21 +97,21 @@ class Manifest(BaseModel):
 
 def build_manifest(
     name: str,
-    receipts: Sequence[ShardReceipt],
+    shards: Sequence[ShardSummary],
     settings: Mapping[str, Any],
     files: Mapping[str, str],
     taxonomy: Mapping[str, Any] | None,
     num_tags: tuple[int, int],
     source: Mapping[str, Any],
 ) -> Manifest:
-    """Sum up receipts (in order of shard name). `num_tags` = (num_verbs, num_nouns)."""
+    """Sum up shards (in order of name). `num_tags` = (num_verbs, num_nouns)."""
     entries = tuple(
-        ShardEntry(name=r.name, sha256=r.sha256, bytes=r.bytes, num_clips=r.num_clips)
-        for r in receipts
-        if r.clips
+        ShardEntry(name=shard.name, sha256=shard.sha256, bytes=shard.bytes, num_clips=shard.num_clips)
+        for shard in shards
+        if shard.num_clips
     )
-    reasons = Counter(rejected.reason.value for receipt in receipts for rejected in receipt.rejected)
-    clips = [clip for receipt in receipts for clip in receipt.clips]
+    reasons = Counter(rejected.reason.value for shard in shards for rejected in shard.rejected)
+    num_clips = sum(shard.num_clips for shard in shards)
     covered = {
         "format": MANIFEST_FORMAT,
         "settings": settings,
@@ -120,12 +122,12 @@ def build_manifest(
     return Manifest(
         name=name,
         fingerprint=hashlib.sha256(to_json_bytes(covered)).hexdigest(),
-        num_clips=len(clips),
-        num_planned=len(clips) + sum(reasons.values()),
+        num_clips=num_clips,
+        num_planned=num_clips + sum(reasons.values()),
         num_rejected=sum(reasons.values()),
         rejected_by_reason=dict(sorted(reasons.items())),
-        repeated_frames=sum(clip.repeated_frames for clip in clips),
-        clips_with_repeated_frames=sum(clip.repeated_frames > 0 for clip in clips),
+        repeated_frames=sum(shard.repeated_frames for shard in shards),
+        clips_with_repeated_frames=sum(shard.clips_with_repeated_frames for shard in shards),
         bytes=sum(entry.bytes for entry in entries),
         num_frames=settings["num_frames"],
         num_verbs=num_tags[0],
@@ -138,25 +140,55 @@ def build_manifest(
     )
 
 
-def write_rejected(out_dir: str | Path, receipts: Sequence[ShardReceipt]) -> Path:
+def write_rejected(out_dir: str | Path, shards: Sequence[ShardSummary]) -> Path:
     """Write rejected.jsonl, one clip a line, in plan order; an empty file when nothing was rejected."""
     path = Path(out_dir) / REJECTED_FILE
     lines = [
-        to_json_bytes({**rejected.model_dump(mode="json"), "shard": receipt.name})
-        for receipt in receipts
-        for rejected in receipt.rejected
+        to_json_bytes({**rejected.model_dump(mode="json"), "shard": shard.name})
+        for shard in shards
+        for rejected in shard.rejected
     ]
     write_atomically(path, b"".join(lines))
     return path
 
 
-def write_manifest(out_dir: str | Path, manifest: Manifest, receipts: Sequence[ShardReceipt]) -> None:
-    """Publish a finished set: index first, manifest last, then remove shards that no longer belong to it."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(_index_table(receipts), sink, compression="zstd")
-    write_atomically(Path(out_dir) / INDEX_FILE, sink.getvalue().to_pybytes())
+def write_index(out_dir: str | Path, receipts: Iterable[ShardReceipt]) -> None:
+    """Write index.parquet, clips in order of shard, a receipt at a time: a large set does not fit into memory."""
+    path = Path(out_dir) / INDEX_FILE
+    with (
+        replaced_whole(path) as partial,
+        pq.ParquetWriter(partial, INDEX_SCHEMA, compression="zstd") as writer,
+    ):
+        rows: list[dict[str, Any]] = []
+        number = 0
+        for receipt in receipts:
+            if not receipt.clips:
+                continue
+            rows.extend(
+                {**clip.model_dump(include=set(INDEX_SCHEMA.names)), "shard": number}
+                for clip in receipt.clips
+            )
+            number += 1
+            if len(rows) >= _ROWS_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+
+
+def indexed_captions(out_dir: str | Path) -> Iterator[str]:
+    """Captions of all stored clips."""
+    with pq.ParquetFile(Path(out_dir) / INDEX_FILE) as file:
+        for batch in file.iter_batches(columns=["caption"]):
+            yield from batch["caption"].to_pylist()
+
+
+def write_manifest(out_dir: str | Path, manifest: Manifest, shard_names: Iterable[str]) -> None:
+    """Publish a finished set, whose other files are written, then remove shards that no longer belong to it.
+
+    `shard_names` are those of all receipts: a shard whose clips were all rejected has one too.
+    """
     write_atomically(Path(out_dir) / MANIFEST_FILE, to_json_bytes(manifest.model_dump(mode="json")))
-    current = {receipt.name for receipt in receipts}
+    current = set(shard_names)
     for path in Path(out_dir).iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         is_stale = match is not None and match.group(1) not in current
@@ -167,16 +199,6 @@ def write_manifest(out_dir: str | Path, manifest: Manifest, receipts: Sequence[S
 def unpublish(out_dir: str | Path) -> None:
     """Take the manifest away before shards are replaced: a half-changed set must not look complete."""
     (Path(out_dir) / MANIFEST_FILE).unlink(missing_ok=True)
-
-
-def _index_table(receipts: Sequence[ShardReceipt]) -> pa.Table:
-    stored = [receipt for receipt in receipts if receipt.clips]
-    rows = [
-        {**clip.model_dump(include=set(INDEX_SCHEMA.names)), "shard": number}
-        for number, receipt in enumerate(stored)
-        for clip in receipt.clips
-    ]
-    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
 
 
 def read_manifest(shards_dir: str | Path) -> Manifest:

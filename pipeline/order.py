@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt64
+from jaxtyping import Float64, Int64, Integer, UInt64
 
 from pipeline.errors import DataError
 
@@ -133,10 +133,14 @@ class SceneIndex:
 
 
 def build_scene_index(
-    video_uids: Sequence[str], narration_s: Float64[np.ndarray, " clips"], bin_s: float = 60.0
+    video_of_row: Integer[np.ndarray, " clips"],
+    narration_s: Float64[np.ndarray, " clips"],
+    bin_s: float = 60.0,
 ) -> SceneIndex:
-    """Scenes as fixed bins of `bin_s` seconds of the narration time (EgoVLP's scene-aware bucket)."""
-    _names, video_of_row = np.unique(np.asarray(video_uids, dtype=object).astype(str), return_inverse=True)
+    """Scenes as fixed bins of `bin_s` seconds of the narration time (EgoVLP's scene-aware bucket).
+
+    `video_of_row` has one number a video.
+    """
     bin_of_row = np.floor(np.asarray(narration_s, dtype=np.float64) / bin_s).astype(np.int64)
     members = np.lexsort((np.arange(len(bin_of_row)), bin_of_row, video_of_row)).astype(np.int64)
     video, time_bin = video_of_row[members], bin_of_row[members]

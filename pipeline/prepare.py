@@ -7,17 +7,18 @@ decoded whole is rejected with a reason and never replaced. Left out on purpose:
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
+from pipeline.clip import ClipRecord
+from pipeline.clip_table import ClipTable
 from pipeline.config import PrepareConfig
 from pipeline.decode import PyAvDecoder
 from pipeline.decode_dali import DaliGpuDecoder
-from pipeline.egoclip import ClipRecord
 from pipeline.errors import DataError, Reason, VideoError
 from pipeline.frame_match import DecodedFrame, FrameDecoder, FrameFailure, FrameRequest
 from pipeline.resize import FrameResizer, encode_jpeg
@@ -72,28 +73,61 @@ def shard_settings(config: PrepareConfig) -> dict[str, Any]:
     return {"format": SHARD_FORMAT, **config.model_dump(mode="json", exclude={"max_rejected_share"})}
 
 
+class ShardPlans(Sequence[ShardPlan]):
+    """The plans of a set by number, made when asked for: those of EgoClip do not fit into memory at once."""
+
+    def __init__(
+        self,
+        ordered: ClipTable,
+        timelines: Mapping[str, VideoTimeline | VideoError],
+        config: PrepareConfig,
+    ) -> None:
+        self._ordered, self._timelines, self._config = ordered, timelines, config
+        self._settings = shard_settings(config)
+
+    def __len__(self) -> int:
+        return -(-len(self._ordered) // self._config.clips_per_shard)
+
+    @overload
+    def __getitem__(self, place: int) -> ShardPlan: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[ShardPlan]: ...
+    def __getitem__(self, place: int | slice) -> ShardPlan | list[ShardPlan]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(len(self))[place]]
+        number = range(len(self))[place]
+        start = number * self._config.clips_per_shard
+        clips = tuple(self._ordered[start : start + self._config.clips_per_shard])
+        used = {clip.video_uid: self._timelines[clip.video_uid] for clip in clips}
+        return ShardPlan(
+            self.name(number), _content_key(clips, used, self._settings), self._config, clips, used
+        )
+
+    def name(self, number: int) -> str:
+        """Name of a shard."""
+        return f"shard-{number:05d}"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all shards, in order."""
+        return [self.name(number) for number in range(len(self))]
+
+
 def plan_shards(
-    records: Sequence[ClipRecord],
+    records: Iterable[ClipRecord],
     timelines: Mapping[str, VideoTimeline | VideoError],
     config: PrepareConfig,
-) -> list[ShardPlan]:
+) -> ShardPlans:
     """Cut the clips into shards. Clips of a video stand together in time order, for scene-aware neighbours.
 
     Raises DataError when a clip id stands twice: ids are names inside the tar.
     """
-    ordered = sorted(records, key=lambda clip: (clip.video_uid, clip.start_s, clip.end_s, clip.clip_id))
-    ids = sorted(clip.clip_id for clip in ordered)
-    for first, second in itertools.pairwise(ids):
-        if first == second:
-            raise DataError(f"planned shards: clip {first} stands twice; expected every clip id once")
-    settings = shard_settings(config)
-    plans: list[ShardPlan] = []
-    for number, start in enumerate(range(0, len(ordered), config.clips_per_shard)):
-        clips = tuple(ordered[start : start + config.clips_per_shard])
-        used = {clip.video_uid: timelines[clip.video_uid] for clip in clips}
-        key = _content_key(clips, used, settings)
-        plans.append(ShardPlan(f"shard-{number:05d}", key, config, clips, used))
-    return plans
+    table = ClipTable.of(records)
+    repeats = table.repeats()
+    if len(repeats):
+        clip_id = table[int(repeats[0])].clip_id
+        raise DataError(f"planned shards: clip {clip_id} stands twice; expected every clip id once")
+    return ShardPlans(table.in_order(), timelines, config)
 
 
 def _content_key(

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.atomic import write_atomically
-from pipeline.egoclip import ClipRecord
+from pipeline.clip import ClipRecord
 from pipeline.errors import Reason, ShardError
 
 SHARD_FORMAT = 1
@@ -62,6 +62,20 @@ class RejectedClip(BaseModel):
     detail: str
 
 
+class ShardSummary(BaseModel):
+    """What is kept in memory of every shard of a set: a receipt without its clips."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str
+    bytes: int
+    num_clips: int
+    repeated_frames: int
+    clips_with_repeated_frames: int
+    rejected: tuple[RejectedClip, ...]
+
+
 class ShardReceipt(BaseModel):
     """What a shard holds. `bytes` and `sha256` are those of the tar; empty when all clips were rejected."""
 
@@ -83,6 +97,19 @@ class ShardReceipt(BaseModel):
     def repeated_frames(self) -> int:
         """Stored frames equal to the one before, because the video has no other frame in that time."""
         return sum(clip.repeated_frames for clip in self.clips)
+
+    @property
+    def summary(self) -> ShardSummary:
+        """The receipt without its clips."""
+        return ShardSummary(
+            name=self.name,
+            sha256=self.sha256,
+            bytes=self.bytes,
+            num_clips=self.num_clips,
+            repeated_frames=self.repeated_frames,
+            clips_with_repeated_frames=sum(clip.repeated_frames > 0 for clip in self.clips),
+            rejected=self.rejected,
+        )
 
 
 class ShardWriter:

@@ -45,7 +45,8 @@ class ClipStore:
         self.narration_s = table["narration_s"].to_numpy()
         self._shard = table["shard"].to_numpy()
         self._clip_ids = table["clip_id"].combine_chunks()
-        self._video_uids = table["video_uid"].combine_chunks()
+        # Only which rows share a video is ever asked.
+        self._video_of_row = table["video_uid"].combine_chunks().dictionary_encode().indices.to_numpy()
         self._captions = table["caption"].combine_chunks()
         self._verbs = _ragged(table["verbs"])
         self._nouns = _ragged(table["nouns"])
@@ -104,7 +105,7 @@ class ClipStore:
 
     def scene_index(self) -> SceneIndex:
         """Scenes (same video, same minute of the narration) for `order.scene_companions`."""
-        return build_scene_index(self._video_uids.to_pylist(), self.narration_s)
+        return build_scene_index(self._video_of_row, self.narration_s)
 
     def read_frame(self, row: int, frame: int) -> UInt8[np.ndarray, " bytes"]:
         """JPEG bytes of one stored frame. Raises ClipError (damaged_shard) naming clip, shard and offset."""

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pipeline.egoclip import make_record
-from pipeline.manifest import build_manifest, write_manifest, write_rejected
+from pipeline.clip import make_record
+from pipeline.manifest import build_manifest, write_index, write_manifest, write_rejected
 from pipeline.resize import encode_jpeg
 from pipeline.shards import ShardWriter
 from pipeline.text import build_vocabulary
@@ -42,6 +42,9 @@ def write_set(out_dir, num_clips=12, clips_per_shard=5):
     vocabulary = build_vocabulary(record.caption for record in records)
     (out_dir / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     write_rejected(out_dir, receipts)
-    manifest = build_manifest("train", receipts, {"num_frames": NUM_FRAMES}, {}, None, (3, 2), {})
-    write_manifest(out_dir, manifest, receipts)
+    manifest = build_manifest(
+        "train", [receipt.summary for receipt in receipts], {"num_frames": NUM_FRAMES}, {}, None, (3, 2), {}
+    )
+    write_index(out_dir, receipts)
+    write_manifest(out_dir, manifest, [receipt.name for receipt in receipts])
     return out_dir

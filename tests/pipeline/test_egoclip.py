@@ -2,7 +2,8 @@ import zlib
 
 import pytest
 
-from pipeline.egoclip import COLUMNS, EgoClipRow, make_clip_id, parse_tags, read_egoclip, write_egoclip
+from pipeline.clip import make_clip_id
+from pipeline.egoclip import COLUMNS, EgoClipRow, parse_tags, read_egoclip, write_egoclip
 from pipeline.errors import DataError
 
 HEADER = "\t".join(COLUMNS)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.egoclip import make_record
+from pipeline.clip import make_record
 from pipeline.egomcq import EgoMcqError, build_egomcq, probe_questions, read_egomcq
 
 REVERSED = [(0, 1), (2, 3)]

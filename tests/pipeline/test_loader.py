@@ -191,14 +191,15 @@ def test_a_stored_frame_that_is_no_jpeg_names_clip_and_frame(tmp_path):
     jpegs = [good.read_frame(0, j).tobytes() for j in range(NUM_FRAMES)]
     jpegs[2] = jpegs[2][: len(jpegs[2]) // 4]
     good.close()
-    from pipeline.egoclip import make_record
-    from pipeline.manifest import build_manifest, write_manifest
+    from pipeline.clip import make_record
+    from pipeline.manifest import build_manifest, write_index, write_manifest
 
     with shards.ShardWriter(set_dir, "shard-00000") as writer:
         writer.add(make_record("v0", 0.0, 1.0, 0.5, "bad", (0,), (0,)), jpegs, [0.0] * NUM_FRAMES, 48, 64)
         receipt = writer.finish("key", [])
-    manifest = build_manifest("train", [receipt], {"num_frames": NUM_FRAMES}, {}, None, (3, 2), {})
-    write_manifest(set_dir, manifest, [receipt])
+    manifest = build_manifest("train", [receipt.summary], {"num_frames": NUM_FRAMES}, {}, None, (3, 2), {})
+    write_index(set_dir, [receipt])
+    write_manifest(set_dir, manifest, [receipt.name])
     store = ClipStore(set_dir)
     view = ClipView(0, np.arange(NUM_FRAMES), (0, 0, 48, 64))
     with pytest.raises(ClipError, match=r"damaged_frame: frame 2 in shard-00000\.tar"):

@@ -82,7 +82,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_an_error():
         rank_slice(np.arange(10), 0, 4)
 
 
-VIDEOS = ["a", "b", "a", "a", "b", "a"]
+VIDEOS = np.array([0, 1, 0, 0, 1, 0])
 NARRATION_S = np.array([1.0, 2.0, 59.9, 60.0, 130.0, 30.0])
 
 
@@ -106,7 +106,7 @@ def test_companions_of_a_slice_are_those_of_the_whole_batch():
 
 
 def test_companions_are_drawn_evenly():
-    index = build_scene_index(["v"] * 5, np.zeros(5))
+    index = build_scene_index(np.zeros(5, np.int64), np.zeros(5))
     counts = np.zeros(5)
     for step in range(2000):
         counts[scene_companions(index, np.array([2]), 0, step)[0]] += 1

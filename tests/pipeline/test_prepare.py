@@ -10,10 +10,17 @@ import webdataset as wds
 from PIL import Image
 from video_files import read_barcode, write_video
 
+from pipeline.clip import make_record
 from pipeline.config import PrepareConfig
-from pipeline.egoclip import make_record
 from pipeline.errors import DataError, Reason
-from pipeline.manifest import build_manifest, read_manifest, verify_set, write_manifest, write_rejected
+from pipeline.manifest import (
+    build_manifest,
+    read_manifest,
+    verify_set,
+    write_index,
+    write_manifest,
+    write_rejected,
+)
 from pipeline.prepare import build_decoder, build_shard, find_video, plan_shards, shard_settings
 
 CONFIG = PrepareConfig(num_frames=4, short_side=48, jpeg_quality=95, clips_per_shard=2)
@@ -182,8 +189,11 @@ def published(tmp_path, videos_dir):
     records = [clip("a", i / 4, i / 4 + 0.5) for i in range(5)] + [clip("absent", 0, 1)]
     receipts = [build_shard(p, out_dir) for p in plan(records, videos_dir)]
     write_rejected(out_dir, receipts)
-    manifest = build_manifest("train", receipts, shard_settings(CONFIG), {}, None, (2, 3), {})
-    write_manifest(out_dir, manifest, receipts)
+    manifest = build_manifest(
+        "train", [receipt.summary for receipt in receipts], shard_settings(CONFIG), {}, None, (2, 3), {}
+    )
+    write_index(out_dir, receipts)
+    write_manifest(out_dir, manifest, [receipt.name for receipt in receipts])
     return out_dir
 
 

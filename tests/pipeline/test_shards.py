@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from pipeline.atomic import write_atomically
-from pipeline.egoclip import make_record
+from pipeline.clip import make_record
 from pipeline.errors import Reason, ShardError
 from pipeline.shards import RejectedClip, ShardWriter, find_intact, read_receipt
 
