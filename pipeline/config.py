@@ -3,6 +3,7 @@
 Frozen pydantic models; an unknown key or a wrong type is refused. Imports neither a decoder nor torch.
 """
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -53,6 +54,43 @@ class ClipRuleConfig(BaseModel):
     )
 
 
+class VideoLayout(BaseModel):
+    """How video files lie in their folder, for archives in none of the known layouts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str = Field(
+        description="path of a file below the folder of videos: {uid}, {prefix} (the uid up to its first _), and "
+        "for videos in chunks {start} (first second of the file) or {number} (files counted from 0)"
+    )
+    chunk_s: float | None = Field(
+        default=None, gt=0, description="seconds of a chunk; empty = one file a video"
+    )
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> "VideoLayout":
+        parts = self.pattern.split("/")
+        fields = re.findall(r"\{([^{}]*)\}", self.pattern)
+        unknown = sorted(set(fields) - {"uid", "prefix", "start", "number"})
+        if unknown or "uid" not in fields:
+            raise ValueError(
+                f"pattern {self.pattern!r} has the fields {fields}; expected {{uid}}, and of {{prefix}}, {{start}}, "
+                "{number} what is needed"
+            )
+        if any(part in ("", ".", "..") for part in parts):
+            raise ValueError(
+                f"pattern {self.pattern!r} leaves the folder of videos; expected names and single /"
+            )
+        chunk_fields = [name for name in fields if name in ("start", "number")]
+        in_name = [name for name in ("start", "number") if f"{{{name}}}" in parts[-1]]
+        if len(chunk_fields) != (self.chunk_s is not None) or chunk_fields != in_name:
+            raise ValueError(
+                f"pattern {self.pattern!r} with chunk_s {self.chunk_s}: a layout of chunks has chunk_s and one of "
+                "{start} and {number} in the file's name, any other has neither"
+            )
+        return self
+
+
 class PrepareConfig(BaseModel):
     """How clips are cut from videos and stored. Every field but the budget changes the shards."""
 
@@ -66,8 +104,8 @@ class PrepareConfig(BaseModel):
     )
     jpeg_quality: int = Field(default=90, ge=1, le=100)
     clips_per_shard: int = Field(default=256, ge=1)
-    layout: Literal["raw", "egovlp_600s", "lavila_300s", "avion_15s"] = Field(
-        default="raw", description="how video files lie in their folder; never guessed"
+    layout: Literal["raw", "egovlp_600s", "lavila_300s", "avion_15s"] | VideoLayout = Field(
+        default="raw", description="how video files lie in their folder, a name or a pattern; never guessed"
     )
     max_rejected_share: float = Field(
         default=0.01, ge=0.0, le=1.0, description="above it prepare stops with the list"

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.clip import ClipRecord
 from pipeline.clip_table import ClipTable
-from pipeline.config import PrepareConfig
+from pipeline.config import PrepareConfig, VideoLayout
 from pipeline.decode import PyAvDecoder
 from pipeline.decode_dali import DaliGpuDecoder
 from pipeline.errors import DataError, Reason, VideoError
@@ -60,7 +60,9 @@ class StoredFrame:
     width: int
 
 
-def find_video(video_uid: str, videos_dir: str, layout: str) -> tuple[str, VideoTimeline | VideoError]:
+def find_video(
+    video_uid: str, videos_dir: str, layout: str | VideoLayout
+) -> tuple[str, VideoTimeline | VideoError]:
     """(uid, its files) or (uid, why there are none): the item function of the first pass over all videos."""
     try:
         return video_uid, resolve_timeline(videos_dir, video_uid, layout)

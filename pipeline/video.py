@@ -1,15 +1,12 @@
 """Video files as one timeline per video, whatever the layout on disk.
 
-Four layouts: raw `<uid>.mp4`; EgoVLP `<uid>/<k>.mp4`, 600 s each, k counts chunks; LaViLa and AVION
-`<uid>.mp4/<start>.mp4`, 300 s and 15 s each, named by their first second. The layout is an argument, never a
-guess. Everything after this module sees seconds of the whole video. Left out on purpose: decoding.
+Everything after this module sees seconds of the whole video. Left out on purpose: where files lie (`layout`), decoding.
 
 Time zero of a file is the start of the container (where a player starts its clock); chunk k of a layout with
 chunks of c seconds starts at k * c. Intervals are half-open: second 600.0 belongs to the second chunk.
 """
 
 import hashlib
-import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +15,9 @@ import av
 import av.container
 import av.error
 
+from pipeline.config import VideoLayout
 from pipeline.errors import Reason, VideoError
-
-LAYOUT_CHUNK_S: dict[str, float | None] = {
-    "raw": None,
-    "egovlp_600s": 600.0,
-    "lavila_300s": 300.0,
-    "avion_15s": 15.0,
-}
+from pipeline.layout import layout_of, locate_files
 
 # Header caps: larger values are broken or hostile files, not egocentric recordings.
 MAX_PIXELS = 8192 * 4320
@@ -33,8 +25,6 @@ MAX_DURATION_S = 48 * 3600.0
 MAX_STREAMS = 32
 
 _IDENTITY_BYTES = 64 * 1024
-_SAFE_UID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-_CHUNK_NAME = re.compile(r"([0-9]{1,9})\.mp4")
 # Demuxers of the containers we accept. Together with protocol_whitelist this stops playlists that fetch URLs.
 _OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "protocol_whitelist": "file"}
 
@@ -85,48 +75,14 @@ class VideoHeader:
     frame_s: float
 
 
-def resolve_timeline(videos_dir: str | Path, video_uid: str, layout: str) -> VideoTimeline:
+def resolve_timeline(videos_dir: str | Path, video_uid: str, layout: str | VideoLayout) -> VideoTimeline:
     """Find the files of one video. Opens no decoder; reads the first and last 64 KiB for the identity.
 
-    Raises VideoError with the reason: a name that is no plain file name, nothing there, or an empty file.
+    Raises VideoError with the reason, as `locate_files`, and for an empty file.
     """
-    if not _SAFE_UID.fullmatch(video_uid):
-        raise VideoError(
-            video_uid, Reason.BAD_NAME, "a video uid holds letters, digits, '_', '-' and '.' only"
-        )
-    chunk_s = LAYOUT_CHUNK_S[layout]
-    if chunk_s is None:
-        path = Path(videos_dir) / f"{video_uid}.mp4"
-        if not path.is_file():
-            raise VideoError(video_uid, Reason.MISSING_VIDEO, f"no file {path}; layout is {layout}")
-        return VideoTimeline(video_uid, None, (_chunk(path, 0.0, video_uid),))
-    folder = Path(videos_dir) / (video_uid if layout == "egovlp_600s" else f"{video_uid}.mp4")
-    if not folder.is_dir():
-        raise VideoError(video_uid, Reason.MISSING_VIDEO, f"no folder {folder}; layout is {layout}")
-    chunks = _list_chunks(folder, video_uid, layout, chunk_s)
-    if not chunks:
-        raise VideoError(video_uid, Reason.MISSING_VIDEO, f"no chunk <number>.mp4 with content in {folder}")
-    return VideoTimeline(video_uid, chunk_s, chunks)
-
-
-def _list_chunks(folder: Path, video_uid: str, layout: str, chunk_s: float) -> tuple[Chunk, ...]:
-    chunks: list[Chunk] = []
-    for path in folder.iterdir():
-        match = _CHUNK_NAME.fullmatch(path.name)
-        if match is None or not path.is_file():
-            continue
-        number = int(match.group(1))
-        if layout != "egovlp_600s" and number % int(chunk_s):
-            raise VideoError(
-                video_uid,
-                Reason.BAD_NAME,
-                f"{path} starts at second {number}; layout {layout} has multiples of {int(chunk_s)}",
-            )
-        start_s = number * chunk_s if layout == "egovlp_600s" else float(number)
-        # A cut at an exact multiple leaves an empty last chunk behind; it holds no time, so it is no loss.
-        if path.stat().st_size:
-            chunks.append(_chunk(path, start_s, video_uid))
-    return tuple(sorted(chunks, key=lambda chunk: chunk.start_s))
+    files = locate_files(videos_dir, video_uid, layout)
+    chunks = tuple(_chunk(file.path, file.start_s, video_uid) for file in files)
+    return VideoTimeline(video_uid, layout_of(layout).chunk_s, chunks)
 
 
 def _chunk(path: Path, start_s: float, video_uid: str) -> Chunk:
