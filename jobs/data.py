@@ -48,7 +48,8 @@ def prepare(recipe: Recipe, report: ProgressReport, cluster: Cluster) -> Prepare
         return (result for _, result in cluster.map_tasks(fn, items))
 
     result = run_prepare(
-        egoclip_tsv=data.egoclip,
+        egoclip=data.egoclip,
+        egoclip_format=data.egoclip_format,
         egomcq_json=data.egomcq,
         videos_dir=data.videos,
         taxonomy=data.taxonomy,

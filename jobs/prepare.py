@@ -16,7 +16,9 @@ from pipeline.clip_table import ClipTable
 from pipeline.config import PrepareConfig
 from pipeline.egoclip import read_egoclip
 from pipeline.egomcq import read_egomcq
+from pipeline.epic_kitchens import read_epic_kitchens
 from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError, VideoError
+from pipeline.lavila import read_lavila
 from pipeline.manifest import (
     REJECTED_FILE,
     Manifest,
@@ -35,6 +37,7 @@ from pipeline.shards import ShardReceipt, ShardSummary, read_receipt, sha256_of_
 from pipeline.text import build_vocabulary
 from pipeline.video import VideoTimeline
 
+READERS = {"egoclip": read_egoclip, "epic_kitchens": read_epic_kitchens, "lavila": read_lavila}
 VOCABULARY_FILE = "vocab.txt"
 TRAIN, EGOMCQ = "train", "egomcq"
 NUM_EXAMPLES = 5
@@ -91,7 +94,7 @@ class _ShardSet:
 
 
 def run_prepare(
-    egoclip_tsv: str | Path,
+    egoclip: str | Path,
     egomcq_json: str | Path | None,
     videos_dir: str | Path,
     taxonomy: str | Path | None,
@@ -99,6 +102,7 @@ def run_prepare(
     config: PrepareConfig,
     mapper: Mapper,
     progress: ProgressReport,
+    egoclip_format: str = "egoclip",
 ) -> PrepareResult:
     """Prepare out_dir/train and, when an EgoMCQ file is given, out_dir/egomcq.
 
@@ -107,9 +111,9 @@ def run_prepare(
     """
     # Tasks may run in another working directory.
     videos_dir, out_dir = Path(videos_dir).absolute(), Path(out_dir).absolute()
-    clips, read_report = read_egoclip(Path(egoclip_tsv))
+    clips, read_report = READERS[egoclip_format](Path(egoclip))
     if not clips:
-        raise DataError(f"read {egoclip_tsv}: no row can be used: {'; '.join(read_report.lines())}")
+        raise DataError(f"read {egoclip}: no row can be used: {'; '.join(read_report.lines())}")
     questions = read_egomcq(Path(egomcq_json)) if egomcq_json is not None else []
     choices = ClipTable.of({c.clip_id: c for question in questions for c in question.choices}.values())
     found_taxonomy = read_taxonomy(Path(taxonomy)) if taxonomy is not None else None
@@ -130,28 +134,31 @@ def run_prepare(
     write_index(train.out_dir, train.receipts())
     vocabulary = build_vocabulary(indexed_captions(train.out_dir))
     vocabulary_bytes = "".join(f"{token}\n" for token in vocabulary).encode()
-    train_manifest = publish(
-        train, {VOCABULARY_FILE: vocabulary_bytes}, _train_source(egoclip_tsv, read_report)
-    )
+    source = {
+        **_train_source(egoclip, read_report),
+        "format": egoclip_format,
+        "has_tags": all(clips.largest_tag(kind)[0] >= 0 for kind in ("verbs", "nouns")),
+    }
+    train_manifest = publish(train, {VOCABULARY_FILE: vocabulary_bytes}, source)
     if mcq is None or egomcq_json is None:
         return PrepareResult(train_manifest, None, read_report)
     reversed_verbs = found_taxonomy.reversed_verbs if found_taxonomy is not None else ()
     write_index(mcq.out_dir, mcq.receipts())
     question_set = build_question_set(questions, mcq.stored_ids, reversed_verbs)
-    source = {
+    mcq_source = {
         "file": Path(egomcq_json).name,
         "sha256": sha256_of_file(egomcq_json),
         "questions": len(questions),
         "unreadable": len(question_set.unreadable),
     }
-    mcq_manifest = publish(mcq, {QUESTIONS_FILE: questions_to_bytes(question_set)}, source)
+    mcq_manifest = publish(mcq, {QUESTIONS_FILE: questions_to_bytes(question_set)}, mcq_source)
     return PrepareResult(train_manifest, mcq_manifest, read_report)
 
 
-def _train_source(egoclip_tsv: str | Path, report: ReadReport) -> dict[str, Any]:
+def _train_source(egoclip: str | Path, report: ReadReport) -> dict[str, Any]:
     return {
-        "file": Path(egoclip_tsv).name,
-        "sha256": sha256_of_file(egoclip_tsv),
+        "file": Path(egoclip).name,
+        "sha256": sha256_of_file(egoclip),
         "rows": report.rows,
         "kept": report.kept,
         "counts": {str(reason): count for reason, count in sorted(report.counts.items())},

@@ -19,7 +19,14 @@ class DataConfig(Settings):
     """Where the data is. What `synth` and `clips` write is what `prepare` reads, so the defaults fit together."""
 
     videos: str = Field(default="world/videos", description="Folder of video files in `prepare.layout`.")
-    egoclip: str = Field(default="annotations/egoclip.csv", description="EgoClip TSV with 11 columns.")
+    egoclip: str = Field(
+        default="annotations/egoclip.csv",
+        description="Narrated clips in `egoclip_format`; EgoClip: TSV, 11 columns.",
+    )
+    egoclip_format: Literal["egoclip", "epic_kitchens", "lavila"] = Field(
+        default="egoclip",
+        description="epic_kitchens: EPIC-KITCHENS-100 CSV; lavila: LaViLa's pickles, which have no tags for EgoNCE.",
+    )
     egomcq: str | None = Field(
         default="annotations/egomcq.json", description="EgoMCQ JSON; null = no scores."
     )

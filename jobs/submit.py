@@ -11,7 +11,7 @@ from jobs.follow import follow_run
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
-from pipeline.manifest import read_manifest, require_whole
+from pipeline.manifest import read_manifest, require_tags, require_whole
 
 # Controllers started by one command when they are killed one after the other.
 MAX_CONTROLLERS = 4
@@ -42,10 +42,15 @@ def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
 
 
 def require_shards(recipe: Recipe) -> None:
-    """Raises ShardError when the recipe's data is not prepared, or not whole, before anything is started for it."""
+    """Raises DataError when the recipe's data is not prepared, not whole, or lacks what the loss needs, before anything
+    is started for it.
+    """
     for name in ("train", "egomcq") if recipe.data.egomcq else ("train",):
         shards_dir = Path(recipe.data.shards) / name
-        require_whole(shards_dir, read_manifest(shards_dir), is_full=False)
+        manifest = read_manifest(shards_dir)
+        require_whole(shards_dir, manifest, is_full=False)
+        if name == "train" and recipe.model.vtc_positives == "action":
+            require_tags(manifest)
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:

@@ -85,12 +85,7 @@ def read_egoclip(path: Path) -> tuple[ClipTable, ReadReport]:
             counter.count(error.reason, line_number, error.detail)
             continue
         line_numbers.append(line_number)
-    table = builder.build()
-    repeats = table.repeats()
-    for row in repeats.tolist():
-        counter.count(Reason.DUPLICATE, line_numbers[row], f"clip {table[row].clip_id} again")
-    table = table.without(repeats)
-    return table, counter.report(len(table))
+    return counter.finish(builder.build(), line_numbers)
 
 
 def format_egoclip(rows: Iterable[EgoClipRow]) -> str:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.atomic import replaced_whole, write_atomically
-from pipeline.errors import ShardError
+from pipeline.errors import DataError, ShardError
 from pipeline.shards import (
     ShardReceipt,
     ShardSummary,
@@ -194,6 +194,20 @@ def write_manifest(out_dir: str | Path, manifest: Manifest, shard_names: Iterabl
         is_stale = match is not None and match.group(1) not in current
         if is_stale or (path.name.startswith(".") and path.name.endswith(".partial")):
             path.unlink(missing_ok=True)
+
+
+def require_tags(manifest: Manifest) -> None:
+    """Raises DataError when no clip of the set has verb and noun classes: positives by action would be the clip alone,
+    and EgoNCE would quietly be another loss.
+    """
+    # Absent in the manifests of earlier versions.
+    if manifest.source.get("has_tags") is not False:
+        return
+    raise DataError(
+        f"the clips of {manifest.source['file']} (format {manifest.source['format']}) have no verb and noun classes, "
+        "which model.vtc_positives: action (EgoNCE) needs; set model.vtc_positives: identity, or prepare from "
+        "annotations that have them"
+    )
 
 
 def unpublish(out_dir: str | Path) -> None:

@@ -1,7 +1,11 @@
 """What became of the rows of an annotation file: nothing is dropped without a word."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from pipeline.clip_table import ClipTable
+from pipeline.errors import Reason
 
 MAX_EXAMPLES = 5
 
@@ -10,8 +14,8 @@ MAX_EXAMPLES = 5
 class ReadReport:
     """What became of the rows of a file.
 
-    rows = kept + the counts of bad_row, end_before_start, outside_video, empty_caption and duplicate.
-    negative_start_clamped and end_beyond_video_clamped count rows that were changed and kept.
+    rows = kept + the counts of bad_row, end_before_start, outside_video, empty_caption and duplicate. Any other
+    reason counts rows that were changed, or say less than they could, and are kept.
     examples: reason -> first lines, "line 17: ...".
     """
 
@@ -30,23 +34,28 @@ class ReadReport:
 
 
 class RowCounter:
-    """Counts while reading; `report` sums up."""
+    """Counts while reading; `finish` sums up. `place` is what rows are called: line, entry."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: str = "line") -> None:
         self.rows = 0
+        self._place = place
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
 
-    def count(self, reason: str, line_number: int, detail: str) -> None:
+    def count(self, reason: str, number: int, detail: str) -> None:
         """One row of which `reason` is to be said."""
         self._counts[reason] += 1
         examples = self._examples.setdefault(reason, [])
         if len(examples) < MAX_EXAMPLES:
-            examples.append(f"line {line_number}: {detail}")
+            examples.append(f"{self._place} {number}: {detail}")
 
-    def report(self, num_kept: int) -> ReadReport:
-        """The sum."""
-        return ReadReport(self.rows, num_kept, dict(self._counts), self._examples)
+    def finish(self, clips: ClipTable, numbers: Sequence[int]) -> tuple[ClipTable, ReadReport]:
+        """The clips without those that stand twice, and the sum. `numbers` are those of their rows in the file."""
+        repeats = clips.repeats()
+        for row in repeats.tolist():
+            self.count(Reason.DUPLICATE, numbers[row], f"clip {clips[row].clip_id} again")
+        clips = clips.without(repeats)
+        return clips, ReadReport(self.rows, len(clips), dict(self._counts), self._examples)
 
 
 class RowError(Exception):

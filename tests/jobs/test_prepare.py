@@ -69,7 +69,7 @@ def world(tmp_path_factory):
 
 def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, **changes):
     paths = {
-        "egoclip_tsv": world / "egoclip.csv",
+        "egoclip": world / "egoclip.csv",
         "egomcq_json": world / "egomcq.json",
         "videos_dir": world / "videos",
         "taxonomy": world / "taxonomy.json",
@@ -150,7 +150,7 @@ def test_work_items_survive_the_way_to_another_process(world, tmp_path):
     tsv = tmp_path / "egoclip.csv"
     write_egoclip(tsv, [row(0, "a", 0.0), row(1, "gone", 0.0)])
     config = CONFIG.model_copy(update={"max_rejected_share": 0.5})
-    result = prepare(world, tmp_path / "out", config, pickled, egoclip_tsv=tsv)
+    result = prepare(world, tmp_path / "out", config, pickled, egoclip=tsv)
     assert result.train.rejected_by_reason == {"missing_video": 1}
 
 
@@ -186,7 +186,7 @@ def test_too_many_losses_stop_with_the_list_and_lose_nothing(world, tmp_path):
         out.write("a bad row\n")
     out_dir = tmp_path / "out"
     with pytest.raises(TooManyRejectedError) as caught:
-        prepare(world, out_dir, egoclip_tsv=tsv)
+        prepare(world, out_dir, egoclip=tsv)
     message = str(caught.value)
     assert "train: 3 of 10 clips lost (30.0%, allowed 0.0%): missing_video 2, unusable rows 1" in message
     assert "line 11: 1 cells, expected 11" in message
@@ -196,7 +196,7 @@ def test_too_many_losses_stop_with_the_list_and_lose_nothing(world, tmp_path):
     assert len((out_dir / "train" / "rejected.jsonl").read_text().splitlines()) == 2
     assert not (out_dir / "train" / "manifest.json").exists()
     kept = (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns
-    result = prepare(world, out_dir, CONFIG.model_copy(update={"max_rejected_share": 0.3}), egoclip_tsv=tsv)
+    result = prepare(world, out_dir, CONFIG.model_copy(update={"max_rejected_share": 0.3}), egoclip=tsv)
     assert (result.train.num_clips, result.train.num_rejected) == (7, 2)
     assert result.train.source["counts"] == {"bad_row": 1}
     assert (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns == kept
@@ -206,7 +206,7 @@ def test_lost_rows_alone_are_named_by_line_and_not_looked_for_among_the_clips(wo
     tsv = tmp_path / "egoclip.csv"
     write_egoclip(tsv, [row(0, "a", 0.0), row(1, "a", 1.0, text="")])
     with pytest.raises(TooManyRejectedError) as caught:
-        prepare(world, tmp_path / "out", egoclip_tsv=tsv, egomcq_json=None)
+        prepare(world, tmp_path / "out", egoclip=tsv, egomcq_json=None)
     message = str(caught.value)
     assert "1 of 2 clips lost (50.0%, allowed 0.0%): unusable rows 1" in message
     assert "line 3: clip_text is empty" in message
@@ -238,6 +238,17 @@ def test_a_run_is_refused_before_it_starts_when_a_shard_is_gone(world, tmp_path)
         require_shards(recipe)
 
 
+def test_clips_without_tags_are_prepared_and_refused_for_positives_by_action(world, tmp_path):
+    pickled = tmp_path / "train.pkl"
+    pickled.write_bytes(pickle.dumps([("p", 0.0, 1.0, ["#C C opens a box"]), ("p", 1.0, 2.0, "#C C waits")]))
+    result = prepare(world, tmp_path / "out", egoclip=pickled, egoclip_format="lavila", taxonomy=None)
+    assert (result.train.num_clips, result.train.source["has_tags"]) == (2, False)
+    shards = f"data.shards={tmp_path / 'out'}"
+    with pytest.raises(DataError, match=r"train\.pkl \(format lavila\) have no verb and noun classes"):
+        require_shards(load_recipe("demo", (shards,)))
+    require_shards(load_recipe("demo", (shards, "model.vtc_positives=identity")))
+
+
 def test_without_a_taxonomy_the_tags_still_have_a_width_and_there_is_no_probe(world, tmp_path):
     result = prepare(world, tmp_path, taxonomy=None)
     assert (result.train.num_verbs, result.train.num_nouns) == (2, 3)
@@ -248,4 +259,4 @@ def test_a_tag_the_taxonomy_does_not_have_is_an_error_that_names_the_clip(world,
     tsv = tmp_path / "egoclip.csv"
     write_egoclip(tsv, [row(0, "a", 0.0, verbs=(7,))])
     with pytest.raises(DataError, match="verbs class 7, the taxonomy has 2 verbs"):
-        prepare(world, tmp_path / "out", egoclip_tsv=tsv)
+        prepare(world, tmp_path / "out", egoclip=tsv)
