@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from infra.config_io import ConfigError
 from infra.runtime import prepare_process
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, resolve_paths
@@ -67,12 +68,34 @@ def clips(recipe: RecipeArg, workspace: Workspace = Path(), set_: Overrides = ()
 
 
 def prepare(
-    recipe: RecipeArg, workspace: Workspace = Path(), set_: Overrides = (), address: Address = None
+    recipe: RecipeArg,
+    workspace: Workspace = Path(),
+    set_: Overrides = (),
+    address: Address = None,
+    plan: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Only say what is needed, there and absent.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Only read the shards again and name damaged ones."),
+    ] = False,
+    repair: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="The same, then rebuild what is damaged.")
+    ] = False,
 ) -> int:
-    """Turn an EgoClip TSV and a folder of videos into verified shards, on a Ray cluster."""
+    """Turn narrated clips and a folder of videos into verified shards, on a Ray cluster."""
     from jobs.data import prepare_on
+    from jobs.prepare_plan import plan_lines
 
-    return prepare_on(_resolve(recipe, workspace, set_), address, _report())
+    if plan + verify + repair > 1:
+        raise ConfigError("svitt prepare", ["--plan, --verify and --repair exclude each other; give one"])
+    resolved, report = _resolve(recipe, workspace, set_), _report()
+    if plan:
+        for line in plan_lines(resolved):
+            report.say(line)
+        return 0
+    return prepare_on(resolved, address, report, "verify" if verify else "repair" if repair else None)
 
 
 def submit(

@@ -2,20 +2,28 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from infra.checkpoint import write_durably
 from infra.config_io import config_hash, dump_yaml
 from infra.ray_cluster import Cluster, open_cluster
 from jobs.clips import run_clips, summary_lines
-from jobs.prepare import PrepareResult, run_prepare
+from jobs.prepare import EGOMCQ, TRAIN, PrepareResult, run_prepare
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from jobs.synth import run_synth
-from pipeline.manifest import Manifest
+from pipeline.manifest import (
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    verify_files,
+    verify_index,
+    verify_shard,
+)
 
 WORLD = "world"
 ANNOTATIONS = "annotations"
+Check = Literal["verify", "repair"]
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -66,6 +74,33 @@ def prepare(recipe: Recipe, report: ProgressReport, cluster: Cluster) -> Prepare
     return result
 
 
+def verify(recipe: Recipe, report: ProgressReport, cluster: Cluster) -> int:
+    """Reads every shard again and says what is damaged; returns the number of faults. Raises ShardError for a set that
+    was never finished.
+    """
+    num_faults = 0
+    for name in (TRAIN, EGOMCQ) if recipe.data.egomcq else (TRAIN,):
+        shards_dir = Path(recipe.data.shards).absolute() / name
+        manifest = read_manifest(shards_dir)
+        faults = [*verify_files(shards_dir, manifest), *verify_index(shards_dir, manifest)]
+
+        # A plain function: Ray makes tasks of nothing else.
+        def check(entry: ShardEntry, shards_dir: Path = shards_dir) -> list[str]:
+            return verify_shard(shards_dir, entry)
+
+        with report.task(f"{name}: reading shards again", len(manifest.shards)) as task:
+            for _, found in cluster.map_tasks(check, manifest.shards):
+                faults.extend(found)
+                task.advance()
+        for fault in sorted(faults):
+            report.say(f"{name}: {fault}")
+        report.say(
+            f"{name}: {len(manifest.shards)} shards, {manifest.bytes / 2**20:.1f} MiB read: {len(faults)} faults"
+        )
+        num_faults += len(faults)
+    return num_faults
+
+
 def describe(manifest: Manifest) -> str:
     """One line: clips, shards, size, losses by reason, fingerprint."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.rejected_by_reason.items())
@@ -76,12 +111,19 @@ def describe(manifest: Manifest) -> str:
     )
 
 
-def prepare_on(recipe: Recipe, address: str | None, report: ProgressReport) -> int:
+def prepare_on(
+    recipe: Recipe, address: str | None, report: ProgressReport, check: Check | None = None
+) -> int:
     """The `prepare` verb: on a local Ray, inside the cluster it runs in, or as a job of a cluster elsewhere."""
     address = address or recipe.cluster.address
     with open_cluster(address, recipe.cluster.num_cpus) as cluster:
         if cluster.is_connected:
-            prepare(recipe, report, cluster)
+            num_faults = verify(recipe, report, cluster) if check is not None else 0
+            if check != "verify" and (check is None or num_faults):
+                prepare(recipe, report, cluster)
+            elif num_faults:
+                report.say("svitt prepare ... --repair rebuilds what is damaged, and nothing else")
+                return 1
             return 0
         recipe_file = Path(recipe.data.shards) / "prepare-recipe.yaml"
         recipe_file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +133,8 @@ def prepare_on(recipe: Recipe, address: str | None, report: ProgressReport) -> i
         while (known := cluster.jobs.find(f"{job_id}-{number}")) is not None and known.is_finished:
             number += 1
         command = ["python", "-m", "jobs", "prepare", str(recipe_file), "--address", "auto"]
+        if check is not None:
+            command.append(f"--{check}")
         job_id = cluster.jobs.submit_once(f"{job_id}-{number}", command).submission_id
         report.say(f"preparing as job {job_id}")
         for text in cluster.jobs.tail(job_id):

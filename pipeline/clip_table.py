@@ -76,7 +76,7 @@ class ClipTable(Sequence[ClipRecord]):
     @property
     def video_uids(self) -> list[str]:
         """Distinct uids, in order."""
-        return sorted(self._video.dictionary.take(self._video.indices.unique()).to_pylist())
+        return list(self.clips_by_video())
 
     @property
     def video_codes(self) -> Int32[np.ndarray, " n"]:
@@ -87,6 +87,19 @@ class ClipTable(Sequence[ClipRecord]):
     def narration_s(self) -> Float64[np.ndarray, " n"]:
         """Time of the narration of every clip, seconds."""
         return self._narration_s
+
+    def clips_by_video(self) -> dict[str, tuple[int, float]]:
+        """uid -> (number of clips, end of the last one in seconds), in order of uid."""
+        codes = self.video_codes
+        uids = self._video.dictionary.to_pylist()
+        counts = np.bincount(codes, minlength=len(uids))
+        ends = np.zeros(len(uids))
+        np.maximum.at(ends, codes, self._end_s)
+        return {
+            uid: (int(count), float(end))
+            for uid, count, end in sorted(zip(uids, counts, ends, strict=True))
+            if count
+        }
 
     def largest_tag(self, kind: Literal["verbs", "nouns"]) -> tuple[int, int]:
         """(largest class number, row of a clip that has it); (-1, -1) where no clip has one."""

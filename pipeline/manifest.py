@@ -5,6 +5,7 @@ settings, the checksums of all shards and of the files beside them; checkpoints 
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ from pipeline.errors import DataError, ShardError
 from pipeline.shards import (
     ShardReceipt,
     ShardSummary,
+    read_receipt,
     sha256_of_file,
     shard_paths,
     to_json_bytes,
@@ -175,6 +177,11 @@ def write_index(out_dir: str | Path, receipts: Iterable[ShardReceipt]) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
 
 
+def _index_rows(receipt: ShardReceipt, number: int) -> pa.Table:
+    rows = [{**clip.model_dump(include=set(INDEX_SCHEMA.names)), "shard": number} for clip in receipt.clips]
+    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+
+
 def indexed_captions(out_dir: str | Path) -> Iterator[str]:
     """Captions of all stored clips."""
     with pq.ParquetFile(Path(out_dir) / INDEX_FILE) as file:
@@ -238,21 +245,63 @@ def read_manifest(shards_dir: str | Path) -> Manifest:
 
 def verify_set(shards_dir: str | Path, manifest: Manifest, is_full: bool = True) -> list[str]:
     """Names and faults of files that differ from the manifest: sizes always, checksums when `is_full`."""
+    shard_faults = [verify_shard(shards_dir, entry, is_full) for entry in manifest.shards]
+    return [*itertools.chain.from_iterable(shard_faults), *verify_files(shards_dir, manifest)]
+
+
+def verify_shard(shards_dir: str | Path, entry: ShardEntry, is_full: bool = True) -> list[str]:
+    """Faults of one shard, and of its receipt when `is_full`."""
+    tar_path, receipt_path = shard_paths(shards_dir, entry.name)
     faults: list[str] = []
-    for entry in manifest.shards:
-        path, _receipt = shard_paths(shards_dir, entry.name)
-        if not path.is_file():
-            faults.append(f"{path.name}: missing")
-        elif path.stat().st_size != entry.bytes:
-            faults.append(f"{path.name}: {path.stat().st_size} bytes, the manifest says {entry.bytes}")
-        elif is_full and sha256_of_file(path) != entry.sha256:
-            faults.append(f"{path.name}: its SHA-256 differs from the manifest")
+    if not tar_path.is_file():
+        faults.append(f"{tar_path.name}: missing")
+    elif tar_path.stat().st_size != entry.bytes:
+        faults.append(f"{tar_path.name}: {tar_path.stat().st_size} bytes, the manifest says {entry.bytes}")
+    elif is_full and sha256_of_file(tar_path) != entry.sha256:
+        faults.append(f"{tar_path.name}: its SHA-256 differs from the manifest")
+    if is_full:
+        try:
+            receipt = read_receipt(receipt_path)
+        except ShardError as error:
+            faults.append(f"{receipt_path.name}: {error}")
+        else:
+            if (receipt.sha256, receipt.num_clips) != (entry.sha256, entry.num_clips):
+                faults.append(f"{receipt_path.name}: is of another shard than the manifest's")
+    return faults
+
+
+def verify_files(shards_dir: str | Path, manifest: Manifest) -> list[str]:
+    """Faults of the files beside the shards."""
+    faults: list[str] = []
     for name, sha256 in manifest.files.items():
         path = Path(shards_dir) / name
         if not path.is_file():
             faults.append(f"{name}: missing")
         elif sha256_of_file(path) != sha256:
             faults.append(f"{name}: its SHA-256 differs from the manifest")
+    return faults
+
+
+def verify_index(shards_dir: str | Path, manifest: Manifest) -> list[str]:
+    """Shards whose rows in the index are not those of their receipt; receipts that cannot be read are left out."""
+    path = Path(shards_dir) / INDEX_FILE
+    try:
+        index = pq.read_table(path, schema=INDEX_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        return [f"{INDEX_FILE}: {error}"]
+    if index.num_rows != manifest.num_clips:
+        return [f"{INDEX_FILE}: {index.num_rows} clips, the manifest has {manifest.num_clips}"]
+    faults: list[str] = []
+    first = 0
+    for number, entry in enumerate(manifest.shards):
+        rows = index.slice(first, entry.num_clips)
+        first += entry.num_clips
+        try:
+            receipt = read_receipt(shard_paths(shards_dir, entry.name)[1])
+        except ShardError:
+            continue
+        if not rows.equals(_index_rows(receipt, number)):
+            faults.append(f"{INDEX_FILE}: clips of {entry.name} differ from its receipt")
     return faults
 
 

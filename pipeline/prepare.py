@@ -219,11 +219,7 @@ class ClipExtractor:
         failures = _refuse_before_decoding(timeline, clips)
         wanted = [position for position in range(len(clips)) if position not in failures]
         num_frames = self._config.num_frames
-        requests = [
-            FrameRequest(time_s, clips[position].end_s)
-            for position in wanted
-            for time_s in midpoint_times(clips[position].start_s, clips[position].end_s, num_frames)
-        ]
+        requests = frame_requests([clips[position] for position in wanted], num_frames)
         time_of_request: dict[int, float] = {}
         stored: dict[float, StoredFrame] = {}
         waiting: dict[float, DecodedFrame] = {}
@@ -255,6 +251,15 @@ class ClipExtractor:
             time_s: StoredFrame(encode_jpeg(np.ascontiguousarray(image), quality), time_s, *image.shape[:2])
             for time_s, image in zip(frames, shrunk, strict=True)
         }
+
+
+def frame_requests(clips: Sequence[ClipRecord], num_frames: int) -> list[FrameRequest]:
+    """What is asked of the decoder: `num_frames` midpoints of every clip, clip after clip."""
+    return [
+        FrameRequest(time_s, clip.end_s)
+        for clip in clips
+        for time_s in midpoint_times(clip.start_s, clip.end_s, num_frames)
+    ]
 
 
 def _check_one_size(frames: list[StoredFrame]) -> list[StoredFrame] | FrameFailure:

@@ -20,7 +20,8 @@ from jobs.bench_cases import (
     layer_cases,
     video_config,
 )
-from jobs.bench_model import BenchError, Plan, Row, Spread, exponent, table
+from jobs.bench_model import Plan, Row, exponent, table
+from jobs.bench_record import BenchError, Spread
 from jobs.bench_worker import measure_memory, measure_times
 from jobs.progress import ProgressReport
 

@@ -3,11 +3,15 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import cloudpickle
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from video_files import write_video
 
+from jobs.data import verify
 from jobs.prepare import run_prepare, serial_mapper
+from jobs.prepare_plan import plan_lines
 from jobs.progress import ProgressReport
 from jobs.recipe import load_recipe
 from jobs.submit import require_shards
@@ -260,3 +264,66 @@ def test_a_tag_the_taxonomy_does_not_have_is_an_error_that_names_the_clip(world,
     write_egoclip(tsv, [row(0, "a", 0.0, verbs=(7,))])
     with pytest.raises(DataError, match="verbs class 7, the taxonomy has 2 verbs"):
         prepare(world, tmp_path / "out", egoclip=tsv)
+
+
+def test_a_plan_says_what_is_needed_and_absent_without_opening_a_video(world, tmp_path):
+    settings = {
+        "egoclip": world / "egoclip.csv",
+        "egomcq": "null",
+        "videos": tmp_path,
+        "shards": tmp_path / "out",
+    }
+    overrides = [f"data.{key}={value}" for key, value in settings.items()]
+    recipe = load_recipe("demo", (*overrides, "prepare.clips_per_shard=3"))
+    lines = "\n".join(plan_lines(recipe))
+    assert "7 rows, 7 kept" in lines
+    # The last clip ends at 5.2 s.
+    assert "train: 7 clips of 1 videos, 0.0 hours up to their last clips" in lines
+    assert "train: 3 shards of up to 3 clips, 0 are on disk" in lines
+    assert "train: 1 videos with 7 clips (100.0%, allowed 1.0%) are absent" in lines
+    listed = [
+        (tmp_path / "out" / "train" / f"videos-{kind}.txt").read_text() for kind in ("needed", "absent")
+    ]
+    assert listed == ["a\n", "a\n"]
+    (tmp_path / "a.mp4").write_bytes(b"no video at all")
+    lines = "\n".join(plan_lines(recipe))
+    assert "train: 1 videos are there, 0.00 GiB" in lines
+    assert "are absent" not in lines
+    assert (tmp_path / "out" / "train" / "videos-absent.txt").read_text() == ""
+
+
+class HereCluster:
+    """Runs tasks in this process."""
+
+    def map_tasks(self, fn, items):
+        return ((number, fn(item)) for number, item in enumerate(items))
+
+
+def test_verification_names_every_damaged_file_and_finds_nothing_in_a_whole_set(
+    world, tmp_path, report_lines
+):
+    prepare(world, tmp_path)
+    recipe = load_recipe("demo", (f"data.shards={tmp_path}",))
+    report, said = report_lines
+    assert verify(recipe, report, HereCluster()) == 0
+    train = tmp_path / "train"
+    flipped = bytearray((train / "shard-00000.tar").read_bytes())
+    flipped[1000] ^= 1
+    (train / "shard-00000.tar").write_bytes(flipped)
+    (train / "shard-00001.tar").unlink()
+    (train / "shard-00002.json").write_text("{}")
+    (tmp_path / "egomcq" / "questions.json").write_text("[]")
+    table = pq.read_table(tmp_path / "egomcq" / "index.parquet")
+    captions = pa.array(["other", *table["caption"].to_pylist()[1:]])
+    place = table.schema.get_field_index("caption")
+    pq.write_table(table.set_column(place, "caption", captions), tmp_path / "egomcq" / "index.parquet")
+    assert verify(recipe, report, HereCluster()) == 5
+    text = "\n".join(said())
+    for fault in (
+        "train: shard-00000.tar: its SHA-256 differs from the manifest",
+        "train: shard-00001.tar: missing",
+        "train: shard-00002.json: read the receipt",
+        "egomcq: questions.json: its SHA-256 differs",
+        "egomcq: index.parquet: clips of shard-00000 differ from its receipt",
+    ):
+        assert fault in text
