@@ -23,6 +23,7 @@ from pipeline.manifest import (
 
 WORLD = "world"
 ANNOTATIONS = "annotations"
+MAX_RETRIES = 20
 Check = Literal["verify", "repair"]
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -53,7 +54,8 @@ def prepare(recipe: Recipe, report: ProgressReport, cluster: Cluster) -> Prepare
     data = recipe.data
 
     def mapper(fn: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
-        return (result for _, result in cluster.map_tasks(fn, items))
+        # A video that takes the process down is given up after two deaths; a shard may hold several such videos.
+        return (result for _, result in cluster.map_tasks(fn, items, max_retries=MAX_RETRIES))
 
     result = run_prepare(
         egoclip=data.egoclip,

@@ -4,6 +4,7 @@ Where the work runs is an argument: `mapper(fn, items)` yields results in any or
 missing; the bytes do not depend on the number of workers.
 """
 
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,8 +200,9 @@ def _build_shards(
         return find_video(video_uid, videos_dir, config.layout)
 
     def build(plan: ShardPlan) -> ShardSummary:
-        return build_shard(plan, out_dir).summary
+        return build_shard(plan, out_dir, run_key=run_key).summary
 
+    run_key = uuid.uuid4().hex[:8]
     out_dir.mkdir(parents=True, exist_ok=True)
     video_uids = clips.video_uids
     timelines: dict[str, VideoTimeline | VideoError] = {}

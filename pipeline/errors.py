@@ -27,6 +27,7 @@ class Reason(StrEnum):
     NO_VIDEO_STREAM = "no_video_stream"
     UNSUPPORTED_CODEC = "unsupported_codec"
     OVER_LIMIT = "over_limit"
+    CRASHED_DECODER = "crashed_decoder"
     # clips inside a usable video
     OUTSIDE_VIDEO = "outside_video"
     GAP_IN_VIDEO = "gap_in_video"

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.atomic import replaced_whole, write_atomically
+from pipeline.crash_log import SUFFIX as CRASH_SUFFIX
 from pipeline.errors import DataError, ShardError
 from pipeline.shards import (
     ShardReceipt,
@@ -199,7 +200,7 @@ def write_manifest(out_dir: str | Path, manifest: Manifest, shard_names: Iterabl
     for path in Path(out_dir).iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         is_stale = match is not None and match.group(1) not in current
-        if is_stale or (path.name.startswith(".") and path.name.endswith(".partial")):
+        if is_stale or (path.name.startswith(".") and path.name.endswith((".partial", CRASH_SUFFIX))):
             path.unlink(missing_ok=True)
 
 

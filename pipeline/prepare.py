@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.clip import ClipRecord
 from pipeline.clip_table import ClipTable
 from pipeline.config import PrepareConfig, VideoLayout
+from pipeline.crash_log import CrashLog
 from pipeline.decode import PyAvDecoder
 from pipeline.decode_dali import DaliGpuDecoder
 from pipeline.errors import DataError, Reason, VideoError
@@ -34,6 +35,7 @@ from pipeline.text import clean_caption
 from pipeline.video import VideoTimeline, midpoint_times, probe, resolve_timeline
 
 RESIZE_BATCH = 16
+MAX_CRASHES = 2
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -164,10 +166,13 @@ def build_decoder(name: Literal["pyav", "dali_gpu"]) -> FrameDecoder:
         ) from error
 
 
-def build_shard(plan: ShardPlan, out_dir: str | Path, decoder: FrameDecoder | None = None) -> ShardReceipt:
+def build_shard(
+    plan: ShardPlan, out_dir: str | Path, decoder: FrameDecoder | None = None, run_key: str = ""
+) -> ShardReceipt:
     """Write one shard, or return the receipt of an undamaged one made from the same content.
 
-    `decoder` defaults to the one the plan's settings name. Rejected clips are listed in the receipt.
+    `decoder` defaults to the one the plan's settings name. Rejected clips are listed in the receipt. A video at which
+    earlier attempts of the run `run_key` died `MAX_CRASHES` times is not tried again: its clips are rejected.
     """
     existing = find_intact(out_dir, plan.name, plan.content_key)
     if existing is not None:
@@ -175,16 +180,26 @@ def build_shard(plan: ShardPlan, out_dir: str | Path, decoder: FrameDecoder | No
     config = plan.config
     decoder = decoder if decoder is not None else build_decoder(config.decoder)
     extractor = ClipExtractor(config, decoder)
+    crash_log = CrashLog(out_dir, plan.name, run_key)
     rejected: list[RejectedClip] = []
     with ShardWriter(out_dir, plan.name) as writer:
         for video_uid, group in itertools.groupby(plan.clips, key=lambda clip: clip.video_uid):
-            for clip, answer in extractor.extract(plan.timelines[video_uid], list(group)):
-                if isinstance(answer, FrameFailure):
-                    rejected.append(_rejected(clip, answer))
-                    continue
-                times_s = [frame.time_s for frame in answer]
-                jpegs = [frame.jpeg for frame in answer]
-                writer.add(clip, jpegs, times_s, answer[0].height, answer[0].width)
+            if crash_log.num_crashes(video_uid) >= MAX_CRASHES:
+                detail = (
+                    f"the process died {MAX_CRASHES} times while it decoded this video; to try it again, delete "
+                    f"{plan.name}.json and run prepare"
+                )
+                failure = FrameFailure(Reason.CRASHED_DECODER, detail)
+                rejected.extend(_rejected(clip, failure) for clip in group)
+                continue
+            with crash_log.decoding(video_uid):
+                for clip, answer in extractor.extract(plan.timelines[video_uid], list(group)):
+                    if isinstance(answer, FrameFailure):
+                        rejected.append(_rejected(clip, answer))
+                        continue
+                    times_s = [frame.time_s for frame in answer]
+                    jpegs = [frame.jpeg for frame in answer]
+                    writer.add(clip, jpegs, times_s, answer[0].height, answer[0].width)
         return writer.finish(plan.content_key, rejected)
 
 

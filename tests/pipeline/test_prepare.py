@@ -1,8 +1,10 @@
 import gc
 import io
 import json
+import multiprocessing
 import subprocess
 
+import crashing_decoder
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pipeline.manifest import (
     write_rejected,
 )
 from pipeline.prepare import build_decoder, build_shard, find_video, plan_shards, shard_settings
+from pipeline.shards import read_receipt
 
 CONFIG = PrepareConfig(num_frames=4, short_side=48, jpeg_quality=95, clips_per_shard=2)
 
@@ -237,3 +240,24 @@ def test_verification_names_every_file_that_differs(published):
 def test_a_gpu_decoder_without_a_gpu_says_what_to_set():
     with pytest.raises(DataError, match=r"set prepare\.decoder to pyav"):
         build_decoder("dali_gpu")
+
+
+def test_a_video_that_kills_its_process_twice_is_rejected_and_the_others_are_kept(tmp_path, videos_dir):
+    out_dir = tmp_path / "out"
+    config = CONFIG.model_copy(update={"clips_per_shard": 9})
+    (one,) = plan([clip("a", 0, 1), clip("b", 0, 1), clip("b", 1, 2)], videos_dir, config)
+
+    def attempt(run_key):
+        process = multiprocessing.get_context("spawn").Process(
+            target=crashing_decoder.build, args=(one, out_dir, run_key)
+        )
+        process.start()
+        process.join()
+        return process.exitcode
+
+    # A death in another run counts for nothing.
+    assert [attempt("first run"), attempt("run"), attempt("run"), attempt("run")] == [9, 9, 9, 0]
+    receipt = read_receipt(out_dir / f"{one.name}.json")
+    assert [stored.video_uid for stored in receipt.clips] == ["a"]
+    assert [rejected.reason for rejected in receipt.rejected] == [Reason.CRASHED_DECODER] * 2
+    assert "died 2 times" in receipt.rejected[0].detail
