@@ -171,12 +171,7 @@ def evaluate(
     return rescore(_open(run_dir), stage, _report())
 
 
-def bench(
-    what: Annotated[
-        Literal["model"],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="WHAT", help="model: attention and encoder."),
-    ],
+def _bench_model(
     record: Annotated[Path, tyro.conf.arg(help="JSON file that the figures are written to.")] = Path(
         "bench-model.json"
     ),
@@ -196,7 +191,7 @@ def bench(
         ),
     ] = (),
 ) -> int:
-    """Measure time and memory on this machine, against torch's and Hugging Face's dense models."""
+    """Time and memory of attention and encoder, against torch's and Hugging Face's dense models."""
     from jobs.bench_model import Plan, bench_model
 
     plan = replace(Plan.quick() if quick else Plan(), only=only)
@@ -204,6 +199,51 @@ def bench(
         plan = replace(plan, frames=frames, growth_frames=())
     num_threads = len(os.sched_getaffinity(0)) if threads is None else threads
     return bench_model(plan, num_threads, record, _report())
+
+
+def _bench_data(
+    recipe: RecipeArg,
+    workspace: Workspace = Path(),
+    set_: Overrides = (),
+    record: Annotated[Path, tyro.conf.arg(help="JSON file that the figures are written to.")] = Path(
+        "bench-data.json"
+    ),
+    threads: Annotated[
+        int | None, tyro.conf.arg(help="Threads of our loader, workers of the other. Default: all cores.")
+    ] = None,
+    quick: Annotated[bool, tyro.conf.arg(help="Few samples of little: under a minute.")] = False,
+    batches: Annotated[int | None, tyro.conf.arg(help="Batches of 16 clips in a round of loading.")] = None,
+    shards: Annotated[int | None, tyro.conf.arg(help="Shards built in a round of preparing.")] = None,
+    rounds: Annotated[int | None, tyro.conf.arg(help="Samples of everything.")] = None,
+    skip: Annotated[
+        Literal["loading", "preparing"] | None, tyro.conf.arg(help="A part not to measure.")
+    ] = None,
+) -> int:
+    """Loading, against a DataLoader on the videos, and preparing, against decoding alone."""
+    from jobs.bench_data import DataPlan, bench_data
+
+    plan = DataPlan.quick() if quick else DataPlan()
+    plan = replace(
+        plan,
+        batches=plan.batches if batches is None else batches,
+        shards=plan.shards if shards is None else shards,
+        loading_rounds=0 if skip == "loading" else rounds or plan.loading_rounds,
+        preparing_rounds=0 if skip == "preparing" else rounds or plan.preparing_rounds,
+    )
+    num_threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    return bench_data(_resolve(recipe, workspace, set_), plan, num_threads, record, _report())
+
+
+def bench(
+    what: Annotated[
+        Annotated[int, tyro.conf.subcommand("model", constructor=_bench_model, prefix_name=False)]
+        | Annotated[int, tyro.conf.subcommand("data", constructor=_bench_data, prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ],
+) -> int:
+    """Measure on this machine, and write a record: model or data."""
+    # What was measured has run by now; this is its exit code.
+    return what
 
 
 VERBS = {

@@ -6,7 +6,6 @@ versions, threads, number of samples, median and spread.
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from infra.runtime import environment, provenance
 from jobs.bench_cases import SDPA, SDPA_BIAS, Case, encoder_cases, flops, layer_cases
+from jobs.bench_record import BenchError, Spread, processor, require_writable
 from jobs.bench_worker import MEMORY_ENVIRONMENT, TIMING_ENVIRONMENT
 from jobs.progress import ProgressReport
 
@@ -28,24 +27,6 @@ _GROWTH_FRAMES = (4, 8, 16, 32)
 # Wide enough for every column: a table that wraps cannot be read, and a log file does not mind.
 _TABLE_WIDTH = 160
 _GROWTH_CASES = (("layer", "fused (1,3,56)"), ("layer", "fused dense"), ("encoder", "both (1,3,56) 0.7"))
-
-
-class BenchError(RuntimeError):
-    """Settings that cannot be measured, or a measuring process that failed; the message carries its last words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Samples of one quantity, in seconds."""
-
-    n: int
-    median: float
-    least: float
-    most: float
-
-    @staticmethod
-    def of(samples: Sequence[float]) -> "Spread":
-        return Spread(len(samples), statistics.median(samples), min(samples), max(samples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +87,7 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
         record = {
             "version": RECORD_VERSION,
             "provenance": provenance(),
-            "processor": _processor(),
+            "processor": processor(),
             "num_threads": num_threads,
             "dtype": "float32",
             "num_clips": 1,
@@ -147,14 +128,7 @@ def _check(plan: Plan, num_threads: int, record_file: Path) -> None:
     """What would fail only after half an hour of measuring."""
     if num_threads < 1 or min(plan.frames, default=0) < 1:
         raise BenchError(f"threads is {num_threads} and frames are {plan.frames}; each has to be 1 or more")
-    try:
-        record_file.parent.mkdir(parents=True, exist_ok=True)
-        with record_file.open("a"):
-            pass
-    except OSError as error:
-        raise BenchError(
-            f"the record cannot be written to {record_file}: {error}; choose another --record"
-        ) from error
+    require_writable(record_file)
 
 
 def exponent(frames: Sequence[int], values: Sequence[float]) -> float:
@@ -261,12 +235,3 @@ def _ask(
             f"(-9: out of memory):\n{done.stderr[-2000:]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

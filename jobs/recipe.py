@@ -176,9 +176,9 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
 def resolve_paths(recipe: Recipe, workspace: Path) -> Recipe:
     """The recipe with absolute paths, starting from `workspace`."""
     root = workspace.resolve()
-    data = recipe.data.model_dump()
-    paths = {name: str(root / value) if value is not None else None for name, value in data.items()}
-    return recipe.model_copy(update={"workspace": str(root), "data": DataConfig.model_validate(paths)})
+    data = recipe.data.model_dump(exclude={"egoclip_format"})
+    paths = {name: str(root / value) for name, value in data.items() if value is not None}
+    return recipe.model_copy(update={"workspace": str(root), "data": recipe.data.model_copy(update=paths)})
 
 
 def num_stage_steps(stage: StageConfig, num_clips: int) -> int:

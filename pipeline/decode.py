@@ -24,6 +24,7 @@ from pipeline.frame_match import (
     TimedFrame,
     match_frames,
 )
+from pipeline.packets import PacketReader
 from pipeline.video import VideoHeader, VideoTimeline, container_zero_s, header_of, open_video
 
 logger = logging.getLogger(__name__)
@@ -59,10 +60,12 @@ class FileCursor:
         self._container.close()
 
     def _start_packets(self) -> None:
-        self._packets = self._container.demux(self._stream)
+        self._packets = PacketReader(self._container, self._stream, self.header.codec)
         self._ready: list[av.VideoFrame] = []
         self._needs_keyframe = True
         self._floor_pts: int | None = None
+        # The loss of all frames up to the next keyframe is reported.
+        self._is_loss_told = False
 
     def skip_to(self, time_s: float) -> bool:
         """Seek to the last keyframe that surely precedes `time_s` if that jumps over frames; True if so."""
@@ -93,7 +96,10 @@ class FileCursor:
         """Next frame in time, a failure for a stretch up to the next keyframe, None at the end."""
         while True:
             while self._ready:
-                frame = self._ready.pop(0)
+                frame = self._ready[0]
+                if frame.pts is not None and (loss := self._loss_before(frame.pts)):
+                    return loss
+                self._ready.pop(0)
                 if frame.pts is None or (self._floor_pts is not None and frame.pts < self._floor_pts):
                     continue
                 time_s = self._time_of(frame.pts)
@@ -104,17 +110,22 @@ class FileCursor:
                 self.reached_s = time_s
                 duration_s = (frame.duration or 0) * self._time_base or self.header.frame_s
                 return TimedFrame(time_s, duration_s, self._source, frame)
+            packet = self._packets.next()
+            if packet is None:
+                return self._loss_before(float("inf"))
+            if isinstance(packet, av.error.FFmpegError):
+                return self._damage(str(packet))
+            is_skipped = self._is_skipped(packet)
+            if not self._is_loss_told:
+                self._packets.expect_frame(packet)
+            if is_skipped:
+                continue
+            if packet.is_corrupt:
+                return self._damage("a packet is cut short")
             try:
-                packet = next(self._packets, None)
-                if packet is None:
-                    return None
-                if self._is_skipped(packet):
-                    continue
-                if packet.is_corrupt:
-                    return self._damage("a packet is cut short")
                 self._ready.extend(self._stream.codec_context.decode(packet))  # type: ignore[arg-type]
             except av.error.EOFError:
-                return None
+                return self._loss_before(float("inf"))
             except av.error.FFmpegError as error:
                 return self._damage(str(error))
 
@@ -125,14 +136,24 @@ class FileCursor:
         if self._needs_keyframe:
             if not packet.is_keyframe:
                 return True
-            self._needs_keyframe = False
+            self._needs_keyframe = self._is_loss_told = False
             self._floor_pts = packet.pts
         return self._floor_pts is not None and packet.pts is not None and packet.pts < self._floor_pts
+
+    def _loss_before(self, pts: float) -> FrameFailure | None:
+        """A failure for frames shown before `pts` that the decoder dropped without an error."""
+        lost = self._packets.lost_before(pts)
+        if not lost:
+            return None
+        first_s, last_s = self._time_of(lost[0]), self._time_of(lost[-1])
+        detail = f"{self._path} is damaged: no picture came of {len(lost)} frames from {first_s:.3f} s"
+        return FrameFailure(Reason.DECODE_ERROR, f"{detail} to {last_s:.3f} s")
 
     def _damage(self, what: str) -> FrameFailure:
         self._stream.codec_context.flush_buffers()
         self._ready.clear()
-        self._needs_keyframe = True
+        self._packets.forget_frames()
+        self._needs_keyframe = self._is_loss_told = True
         where = "at its start" if self.reached_s == float("-inf") else f"after {self.reached_s:.3f} s"
         return FrameFailure(Reason.DECODE_ERROR, f"{self._path} is damaged {where}: {what}")
 
@@ -167,6 +188,7 @@ class TimelineCursor:
         self._position = -1
         self._cursor: OpenFile | None = None
         self._failures: dict[int, FrameFailure] = {}
+        self._is_cut_told = False
         self.frame_s = 1 / 30
 
     def close(self) -> None:
@@ -195,6 +217,11 @@ class TimelineCursor:
         while self._cursor is not None:
             following = self._position + 1
             found = self._cursor.next()
+            if found is None and self._cursor.header.is_cut_short and not self._is_cut_told:
+                self._is_cut_told = True
+                path, reached_s = chunks[self._position].path, self._cursor.reached_s
+                detail = f"{path} ends after {reached_s:.3f} s, its index lists more frames"
+                return FrameFailure(Reason.TRUNCATED_VIDEO, detail)
             # A file that runs past its place in the layout ends where the next one starts.
             is_overhang = (
                 isinstance(found, TimedFrame)
@@ -231,6 +258,7 @@ class TimelineCursor:
             return self._failures[position]
         self.close()
         self._cursor, self._position, self.frame_s = cursor, position, cursor.header.frame_s
+        self._is_cut_told = False
         return None
 
     def _failure_without_file(self, time_s: float) -> FrameFailure:

@@ -66,13 +66,17 @@ class VideoTimeline:
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """What the header of one file says. `duration_s` is the end of the last frame, None when not written."""
+    """What the header of one file says. `duration_s` is the end of the last frame, None when not written.
+
+    `is_cut_short`: the last frame listed lies behind the end of the file.
+    """
 
     codec: str
     height: int
     width: int
     duration_s: float | None
     frame_s: float
+    is_cut_short: bool
 
 
 def resolve_timeline(videos_dir: str | Path, video_uid: str, layout: str | VideoLayout) -> VideoTimeline:
@@ -186,7 +190,11 @@ def header_of(container: av.container.InputContainer) -> VideoHeader:
         duration_s = float((start + stream.duration) * stream.time_base) - container_zero_s(container)
     elif container.duration is not None:
         duration_s = container.duration / av.time_base
-    return VideoHeader(context.name, context.height, context.width, duration_s, frame_s)
+    # MP4 lists every frame. Matroska lists keyframes without their sizes.
+    entries = stream.index_entries
+    last = entries[len(entries) - 1] if len(entries) else None
+    is_cut_short = last is not None and last.pos + last.size > container.size
+    return VideoHeader(context.name, context.height, context.width, duration_s, frame_s, is_cut_short)
 
 
 def probe(path: str | Path, video_uid: str) -> VideoHeader:

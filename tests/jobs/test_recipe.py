@@ -170,3 +170,9 @@ def test_reading_a_recipe_imports_no_heavy_framework(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_paths_start_from_the_workspace_and_nothing_else_is_taken_for_a_path(tmp_path):
+    recipe = resolve_paths(load_recipe("demo", ("data.egoclip_format=lavila", "data.egomcq=null")), tmp_path)
+    assert recipe.data.videos == str(tmp_path / "world" / "videos")
+    assert (recipe.data.egoclip_format, recipe.data.egomcq) == ("lavila", None)

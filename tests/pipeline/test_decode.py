@@ -187,3 +187,56 @@ def test_damage_costs_the_frames_up_to_the_next_keyframe_and_nothing_is_painted_
     last_key = round(keyframes[4] / 512)
     assert first_key <= lost[0]
     assert lost[-1] < last_key
+
+
+def packets_of(path):
+    """(byte position, number on a clock of 30 fps) of every frame, in order of decoding."""
+    with av.open(str(path)) as container:
+        time_base = container.streams.video[0].time_base
+        return [(p.pos, round(p.pts * time_base * 30)) for p in container.demux(video=0) if p.size]
+
+
+def test_a_file_cut_between_two_frames_has_no_neighbour_for_the_first_missing_one(tmp_path):
+    write_video(tmp_path / "whole.mp4", num_frames=150)
+    fast = move_index_to_front(tmp_path / "whole.mp4")
+    cut_at, number = packets_of(fast)[100]
+    assert number == 100
+    (tmp_path / "v.mp4").write_bytes(fast.read_bytes()[:cut_at])
+    assert numbers(tmp_path, [(i / 30, 9.0) for i in range(150)]) == [
+        *range(100),
+        *[Reason.TRUNCATED_VIDEO] * 50,
+    ]
+
+
+@pytest.mark.parametrize("place", range(1, 15))
+def test_a_frame_that_the_decoder_swallows_is_reported_and_not_answered_by_its_neighbour(tmp_path, place):
+    path = write_video(tmp_path / "v.mp4", num_frames=45, codec="libx264-bframes")
+    content = bytearray(path.read_bytes())
+    at, _number = packets_of(path)[place]
+    timeline = resolve_timeline(tmp_path, "v", "raw")
+    requests = [FrameRequest(i / 30, 9.0) for i in range(45)]
+    num_lost = 0
+    # The third byte behind the length counts pictures: with another count one of them is dropped, not an error.
+    for bit in range(5):
+        damaged = content.copy()
+        damaged[at + 6] ^= 1 << bit
+        path.write_bytes(damaged)
+        for position, answer in PyAvDecoder().decode_frames(timeline, requests):
+            if isinstance(answer, DecodedFrame):
+                assert answer.time_s == pytest.approx(position / 30)
+            else:
+                num_lost += 1
+                assert answer.reason == Reason.DECODE_ERROR
+    assert num_lost > 0
+
+
+def test_a_file_whose_first_keyframe_is_unreadable_begins_with_the_next_one(tmp_path):
+    path = write_video(tmp_path / "v.mp4", num_frames=60)
+    content = bytearray(path.read_bytes())
+    # The length of the first unit is wrong, so the keyframe behind it is not seen to be one.
+    content[packets_of(path)[0][0] + 3] ^= 16
+    path.write_bytes(content)
+    assert numbers(tmp_path, [(i / 30, 9.0) for i in range(60)]) == [
+        *[Reason.DECODE_ERROR] * 15,
+        *range(15, 60),
+    ]

@@ -1,3 +1,4 @@
+import itertools
 import threading
 
 import numpy as np
@@ -96,6 +97,32 @@ def test_ranks_together_see_the_pixels_of_one_process(store, tokenizer):
     parts = [take(loader(store, tokenizer, rank=rank, world_size=2), 5, 1)[0][1] for rank in range(2)]
     assert parts[0].clip_ids + parts[1].clip_ids == whole.clip_ids
     assert torch.equal(torch.cat([part.video_BTCHW for part in parts]), whole.video_BTCHW)
+
+
+def take_global(store, tokenizer, step, world_size, num_threads, prefetch_batches):
+    """(clip ids, pixels) of the global batch of one step: what all ranks show together, begun at that step."""
+    config = CONFIG.model_copy(update={"num_threads": num_threads, "prefetch_batches": prefetch_batches})
+    batches = []
+    for rank in range(world_size):
+        one = BatchLoader(store, tokenizer, config, 4, 3, 4, rank=rank, world_size=world_size)
+        ((first_step, batch),) = take(one, step, 1)
+        assert first_step == step
+        batches.append(batch)
+    return [i for b in batches for i in b.clip_ids], torch.cat([b.video_BTCHW for b in batches])
+
+
+def test_three_epochs_are_the_same_after_fifty_restarts_on_any_world_size_and_number_of_threads(
+    store, tokenizer
+):
+    # Three steps of four of the twelve clips are an epoch.
+    whole = [batch for _step, batch in take(loader(store, tokenizer), 0, 9)]
+    for epoch in range(3):
+        assert len({i for batch in whole[3 * epoch : 3 * epoch + 3] for i in batch.clip_ids}) == 12
+    settings = itertools.cycle(itertools.product([1, 2, 4], [1, 2], [1, 3]))
+    for step in np.random.default_rng(0).integers(0, 9, 50):
+        clip_ids, video_BTCHW = take_global(store, tokenizer, int(step), *next(settings))
+        assert clip_ids == list(whole[step].clip_ids)
+        assert torch.equal(video_BTCHW, whole[step].video_BTCHW)
 
 
 def test_another_epoch_shows_the_same_clip_differently(store, tokenizer):

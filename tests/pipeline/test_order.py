@@ -50,6 +50,33 @@ def test_ranks_of_any_world_size_together_see_the_same_global_batch(seed, step, 
     assert np.concatenate(slices).tolist() == ids.tolist()
 
 
+@given(
+    seed=st.integers(0, 2**40),
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    window=st.integers(1, 3),
+    lives=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 9), st.integers(0, 3)), max_size=50),
+)
+@settings(max_examples=100, deadline=None)
+def test_three_epochs_with_restarts_on_other_world_sizes_lose_and_double_nothing(seed, sizes, window, lives):
+    sizes = [4, *sizes]
+    num_steps = 3 * steps_per_epoch(sum(sizes), 4)
+    seen, cursor = {}, 0
+    # A life: world size, steps until it dies, how many of those its checkpoint had not kept. The last one survives.
+    for world_size, num_steps_lived, num_lost in [*lives, (1, num_steps, 0)]:
+        ranks = [SampleOrder(seed, sizes, 4, window) for _rank in range(world_size)]
+        died_at = min(cursor + num_steps_lived, num_steps)
+        for step in range(cursor, died_at):
+            parts = [rank_slice(order.batch_ids(step), rank, world_size) for rank, order in enumerate(ranks)]
+            seen[step] = np.concatenate(parts).tolist()
+        cursor = max(cursor, died_at - num_lost)
+    for epoch in range(3):
+        expected = epoch_order(seed, epoch, sizes, window).tolist()
+        shown = [row for step in range(num_steps // 3) for row in seen[epoch * num_steps // 3 + step]]
+        assert shown == expected[: len(shown)]
+        assert sum(sizes) - len(shown) < 4
+    assert len(seen) == num_steps
+
+
 def test_batches_of_one_epoch_do_not_overlap_and_epochs_differ():
     order = SampleOrder(7, [10, 13], 5)
     assert order.steps_per_epoch == 4

@@ -1,0 +1,62 @@
+"""What the records of all benchmarks share: spread of samples, the processor, a file known to be writable."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+class BenchError(RuntimeError):
+    """Settings that cannot be measured, or a measuring process that failed; the message carries its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Samples of one quantity; the unit stands in the name of the field that holds it."""
+
+    n: int
+    median: float
+    least: float
+    most: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Spread":
+        return Spread(len(samples), statistics.median(samples), min(samples), max(samples))
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times a quantity is another, measured in turn: of the medians, and of each round."""
+
+    of_medians: float
+    rounds: Spread
+
+    @staticmethod
+    def of(over: Sequence[float], under: Sequence[float]) -> "Ratio":
+        rounds = [a / b for a, b in zip(over, under, strict=True)]
+        return Ratio(statistics.median(over) / statistics.median(under), Spread.of(rounds))
+
+
+def require_writable(record_file: Path) -> None:
+    """Raises BenchError before measuring, not after half an hour of it."""
+    try:
+        record_file.parent.mkdir(parents=True, exist_ok=True)
+        with record_file.open("a"):
+            pass
+    except OSError as error:
+        raise BenchError(
+            f"the record cannot be written to {record_file}: {error}; choose another --record"
+        ) from error
+
+
+def processor() -> str:
+    """Name, cores and vector instructions of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
