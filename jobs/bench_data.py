@@ -16,7 +16,7 @@ from infra.runtime import keep_freed_memory, provenance
 from jobs.bench_loading import Loading, clips_in_videos, measure_loading
 from jobs.bench_peer import VideoClip, VideoClips
 from jobs.bench_preparing import Preparing, measure_preparing, plan_again
-from jobs.bench_record import BenchError, Ratio, Spread, processor, require_writable
+from jobs.bench_record import BenchError, Ratio, Spread, print_table, processor, require_writable
 from jobs.pretrain import open_tokenizer
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
@@ -25,8 +25,6 @@ from pipeline.store import ClipStore
 from pipeline.video import probe
 
 RECORD_VERSION = 1
-# Wide enough for every column: a table that wraps cannot be read, and a log file does not mind.
-_TABLE_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +163,7 @@ def _clips_shown(recipe: Recipe, plan: DataPlan, store: ClipStore, loader: Batch
 
 
 def _show_loading(loading: Loading, plan: DataPlan, num_threads: int, report: ProgressReport) -> None:
-    report.console.print(loading_table(loading, plan, num_threads), width=_TABLE_WIDTH, crop=False)
+    print_table(report.console, loading_table(loading, plan, num_threads))
     report.say(
         f"loading: {_words(loading.speedup)} times the clips/s of a DataLoader on the videos; "
         f"it takes {_words(loading.cpu_saving)} times our processor time a clip"
@@ -197,7 +195,7 @@ def loading_table(loading: Loading, plan: DataPlan, num_threads: int) -> Table:
 
 
 def _show_preparing(preparing: Preparing, recipe: Recipe, report: ProgressReport) -> None:
-    report.console.print(preparing_table(preparing, recipe), width=_TABLE_WIDTH, crop=False)
+    print_table(report.console, preparing_table(preparing, recipe))
     report.say(
         f"preparing: {_words(preparing.share_of_decoding)} of the rate of decoding alone, "
         f"{_words(preparing.cpu_share_of_decoding)} by processor time"

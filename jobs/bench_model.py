@@ -18,14 +18,12 @@ from rich.table import Table
 
 from infra.runtime import environment, provenance
 from jobs.bench_cases import SDPA, SDPA_BIAS, Case, encoder_cases, flops, layer_cases
-from jobs.bench_record import BenchError, Spread, processor, require_writable
+from jobs.bench_record import BenchError, Spread, print_table, processor, require_writable
 from jobs.bench_worker import MEMORY_ENVIRONMENT, TIMING_ENVIRONMENT
 from jobs.progress import ProgressReport
 
 RECORD_VERSION = 1
 _GROWTH_FRAMES = (4, 8, 16, 32)
-# Wide enough for every column: a table that wraps cannot be read, and a log file does not mind.
-_TABLE_WIDTH = 160
 _GROWTH_CASES = (("layer", "fused (1,3,56)"), ("layer", "fused dense"), ("encoder", "both (1,3,56) 0.7"))
 
 
@@ -114,7 +112,7 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
     write_record()
     for level in ("layer", "encoder"):
         shown = table(level, [row for row in rows if row.level == level], max(rates))
-        report.console.print(shown, width=_TABLE_WIDTH, crop=False)
+        print_table(report.console, shown)
     for fit in growth:
         report.say(
             f"{fit.level} {fit.name}, {fit.frames[0]} to {fit.frames[-1]} frames: time grows with "

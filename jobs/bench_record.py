@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+# Wide enough for every column: a table that wraps cannot be read, and a log file does not mind.
+_TABLE_WIDTH = 160
 
 
 class BenchError(RuntimeError):
@@ -50,6 +55,16 @@ def require_writable(record_file: Path) -> None:
         raise BenchError(
             f"the record cannot be written to {record_file}: {error}; choose another --record"
         ) from error
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints every row on one line, whatever the width of the console, to which `print` would hold its own `width`."""
+    before = console.width
+    console.width = max(before, _TABLE_WIDTH)
+    try:
+        console.print(table, crop=False)
+    finally:
+        console.width = before
 
 
 def processor() -> str:
