@@ -1,5 +1,5 @@
-"""Rows of a `ClipStore` to batches: read, decode, crop and resize by DALI, tokenise, ahead of the training
-step.
+"""Rows of a `ClipStore` to batches: read, decode the window of every frame by DALI, resize, tokenise, ahead of the
+training step.
 
 A batch is a function of (seed, step, rank share) only. uint8 leaves this module; normalising belongs to the
 model's device. A damaged clip raises `ClipError` in the consumer; it is not skipped here.
@@ -8,6 +8,7 @@ model's device. A damaged clip raises `ClipError` in the consumer; it is not ski
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal, TypeVar
@@ -24,7 +25,7 @@ from pipeline.augment import FrameOrder, Window, draw_frames, draw_window, middl
 from pipeline.config import LoaderConfig
 from pipeline.errors import ClipError, DataError, Reason
 from pipeline.order import SampleOrder, rank_slice, scene_companions
-from pipeline.resize import resize_graph
+from pipeline.resize import resize_frames, resize_graph
 from pipeline.store import ClipStore
 from pipeline.text import CaptionTokenizer
 
@@ -59,9 +60,10 @@ class ClipView:
 
 
 class FramePipeline:
-    """The DALI graph from JPEG bytes and windows to square frames; built once, for up to `max_clips` clips.
+    """From JPEG bytes and windows to square frames; the DALI graph is built once, for up to `max_clips` clips.
 
-    On the GPU the same graph decodes with the JPEG engine; that path has never been run on a GPU.
+    On the GPU it decodes with the JPEG engine and resizes too; that path has never been run on a GPU. On the CPU torch
+    resizes (`resize_frames`).
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class FramePipeline:
         self.num_frames = num_frames
         self.image_size = image_size
         self._device = device
+        self._threads = ThreadPoolExecutor(num_threads, "resize")
         self._pipeline = Pipeline(
             batch_size=max_clips * num_frames,
             num_threads=num_threads,
@@ -96,7 +99,8 @@ class FramePipeline:
                 output_type=DALIImageType.RGB,
                 device="mixed" if device == "gpu" else "cpu",
             )
-            self._pipeline.set_outputs(resize_graph(window, float(image_size), float(image_size)))
+            size = float(image_size)
+            self._pipeline.set_outputs(resize_graph(window, size, size) if device == "gpu" else window)
         self._pipeline.build()
 
     def decode(self, store: ClipStore, views: Sequence[ClipView]) -> UInt8[Tensor, "B T C H W"]:
@@ -104,20 +108,34 @@ class FramePipeline:
         jpegs = [store.read_frame(view.row, int(frame)) for view in views for frame in view.frames]
         windows = np.asarray([view.window for view in views], dtype=np.int32).repeat(self.num_frames, axis=0)
         try:
-            frames = self._run(jpegs, windows)
+            decoded = self._run(jpegs, windows)
         except RuntimeError as error:
             raise self._find_damaged(store, views, error) from error
-        size = self.image_size
-        video_BTHWC = frames.view(len(views), self.num_frames, size, size, 3)
-        return video_BTHWC.permute(0, 1, 4, 2, 3).contiguous()
+        return self._resized_by_dali(decoded) if self._device == "gpu" else self._resized_by_torch(decoded)
 
-    def _run(self, jpegs: list[Any], windows: Int32[np.ndarray, "n 4"]) -> Tensor:
+    def _run(self, jpegs: list[Any], windows: Int32[np.ndarray, "n 4"]) -> Any:
+        """What the graph gives: one picture for each JPEG, in buffers that the next run uses again."""
         start, shape = (np.ascontiguousarray(part) for part in np.split(windows, 2, axis=1))
         (output,) = self._pipeline.run(jpeg=jpegs, start=start, shape=shape)
-        # DALI uses its buffers again in the next run.
-        if self._device == "gpu":
-            return torch.from_dlpack(output.as_tensor()).clone()
-        return torch.from_numpy(np.array(output.as_tensor()))
+        return output
+
+    def _resized_by_dali(self, decoded: Any) -> UInt8[Tensor, "B T C H W"]:
+        size = self.image_size
+        video_BTHWC = torch.from_dlpack(decoded.as_tensor()).view(-1, self.num_frames, size, size, 3)
+        return video_BTHWC.permute(0, 1, 4, 2, 3).contiguous()
+
+    def _resized_by_torch(self, decoded: Any) -> UInt8[Tensor, "B T C H W"]:
+        num_clips, size = len(decoded) // self.num_frames, self.image_size
+        video_BTCHW = torch.empty((num_clips, self.num_frames, 3, size, size), dtype=torch.uint8)
+
+        def resize(clip: int) -> None:
+            places = range(clip * self.num_frames, (clip + 1) * self.num_frames)
+            window_THWC = np.stack([decoded.at(place) for place in places])
+            video_BTCHW[clip] = resize_frames(window_THWC, size, size)
+
+        # Waits for all, and raises what any of them raised.
+        list(self._threads.map(resize, range(num_clips)))
+        return video_BTCHW
 
     def _find_damaged(self, store: ClipStore, views: Sequence[ClipView], error: RuntimeError) -> DataError:
         """One frame at a time, after a batch failed: DALI does not say which one it was."""

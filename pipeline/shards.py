@@ -23,7 +23,7 @@ from pipeline.atomic import write_atomically
 from pipeline.clip import ClipRecord
 from pipeline.errors import Reason, ShardError
 
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
 _BLOCK_BYTES = 512
 _HASH_CHUNK_BYTES = 1 << 20
 

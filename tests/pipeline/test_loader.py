@@ -175,7 +175,7 @@ def test_evaluation_shows_the_whole_frame_and_the_middles_in_the_order_asked(sto
         assert sorted(frames) == [1, 3, 5, 7]
 
 
-def test_dali_resizes_like_the_plain_picture(store):
+def test_a_shrunk_clip_looks_like_the_plain_picture(store):
     pipeline = FramePipeline(1, 1, 32)
     video = pipeline.decode(store, [ClipView(3, np.array([5]), (0, 0, 48, 64))])
     expected = image_of(3, 5, (32, 32)).astype(int)

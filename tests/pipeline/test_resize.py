@@ -1,8 +1,10 @@
 import cv2
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
-from pipeline.resize import FrameResizer, encode_jpeg, short_side_size
+from pipeline.resize import FrameResizer, _DaliResizer, encode_jpeg, resize_frames, short_side_size
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,33 @@ def test_frames_of_different_sizes_shrink_in_one_call_in_their_order():
     assert [int(frame.mean()) for frame in resized[:20]] == list(range(20))
     assert resized[20].shape == (80, 40, 3)
     assert np.array_equal(resized[21], frames[21])
+
+
+def test_halving_weighs_the_four_nearest_pixels_of_a_row_by_a_triangle():
+    row = np.array([0, 80, 160, 240, 0, 80, 160, 240], np.uint8)
+    frame = np.repeat(np.repeat(row[None, :, None], 4, axis=0), 3, axis=2)
+    shrunk = resize_frames(frame[None], 4, 4)[0]
+    # Weights 1, 3, 3, 1 of 8 around the centre; at the border the outer one is left out: 3, 3, 1 of 7.
+    expected = [(0 * 3 + 80 * 3 + 160) / 7, (80 + 160 * 3 + 240 * 3 + 0) / 8]
+    expected += [(240 + 0 * 3 + 80 * 3 + 160) / 8, (80 + 160 * 3 + 240 * 3) / 7]
+    assert shrunk.shape == (3, 4, 4)
+    assert (shrunk.float() - torch.tensor(expected)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(90, 160), (240, 135), (65, 65)])
+def test_torch_and_dali_resize_alike_and_as_in_floating_point(size):
+    rng = np.random.default_rng(size[0])
+    coarse = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    frame = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+    (by_torch,) = FrameResizer(64).resize([frame])
+    wanted = short_side_size(*size, 64)
+    (by_dali,) = _DaliResizer(4, device_id=None).resize([frame], [wanted])
+    exact = functional.interpolate(
+        torch.from_numpy(frame).permute(2, 0, 1)[None].double(), wanted, mode="bilinear", antialias=True
+    )[0].permute(1, 2, 0)
+    assert np.abs(by_torch - exact.numpy()).max() <= 1
+    inner = np.s_[2:-2, 2:-2]
+    assert np.abs(by_torch[inner].astype(int) - by_dali[inner].astype(int)).max() <= 2
 
 
 def test_fine_stripes_become_grey_instead_of_coarse_stripes():
