@@ -115,6 +115,8 @@ def run_prepare(
     clips, read_report = READERS[egoclip_format](Path(egoclip))
     if not clips:
         raise DataError(f"read {egoclip}: no row can be used: {'; '.join(read_report.lines())}")
+    # Once, here: shards are cut from sorted clips, and the unsorted ones need not be kept for as long as that takes.
+    clips = clips.in_order()
     questions = read_egomcq(Path(egomcq_json)) if egomcq_json is not None else []
     choices = ClipTable.of({c.clip_id: c for question in questions for c in question.choices}.values())
     found_taxonomy = read_taxonomy(Path(taxonomy)) if taxonomy is not None else None

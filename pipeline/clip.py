@@ -4,6 +4,8 @@ import re
 import zlib
 from dataclasses import dataclass
 
+# No recording is longer; milliseconds of it fit into 64 bits.
+MAX_TIME_S = 1e9
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
 

@@ -7,7 +7,7 @@ other columns.
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +22,13 @@ class ClipTable(Sequence[ClipRecord]):
     """Clips in the order of their file. Built by `ClipTableBuilder`."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._video = table["video"].combine_chunks()
-        self._caption = table["caption"].combine_chunks()
-        self._verbs = table["verbs"].combine_chunks()
-        self._nouns = table["nouns"].combine_chunks()
+        # Kept in one piece, and only so: a second copy of the captions would be the largest part of a table.
+        self._table = table.combine_chunks()
+        self._video, self._caption, self._verbs, self._nouns = (
+            self._column(name) for name in ("video", "caption", "verbs", "nouns")
+        )
         self._start_s, self._end_s, self._narration_s, self._crc32 = (
-            table[name].combine_chunks().to_numpy() for name in ("start_s", "end_s", "narration_s", "crc32")
+            self._column(name).to_numpy() for name in ("start_s", "end_s", "narration_s", "crc32")
         )
 
     @staticmethod
@@ -112,12 +112,13 @@ class ClipTable(Sequence[ClipRecord]):
         return int(values[place]), int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
 
     def in_order(self) -> "ClipTable":
-        """Sorted by video uid, start, end and id."""
+        """Sorted by video uid, start, end and id; a table that is sorted is returned as it is."""
         names = np.asarray(self._video.dictionary.to_pylist(), dtype=object)
         rank = np.empty(len(names), dtype=np.int64)
         rank[np.argsort(names, kind="stable")] = np.arange(len(names))
         video = rank[self._video.indices.to_numpy()]
-        return self._take(np.lexsort((self._crc32, self._end_s, self._start_s, video)))
+        order = np.lexsort((self._crc32, self._end_s, self._start_s, video))
+        return self if (order == np.arange(len(self))).all() else self._take(order)
 
     def repeats(self) -> Int64[np.ndarray, " n"]:
         """Rows whose id stands in an earlier row, ascending."""
@@ -137,6 +138,10 @@ class ClipTable(Sequence[ClipRecord]):
     def without(self, rows: Int64[np.ndarray, " n"]) -> "ClipTable":
         """All rows but these."""
         return self if not len(rows) else self._take(np.delete(np.arange(len(self)), rows))
+
+    def _column(self, name: str) -> Any:
+        column = self._table[name]
+        return column.chunk(0) if column.num_chunks else column.combine_chunks()
 
     def _take(self, rows: np.ndarray) -> "ClipTable":
         return ClipTable(self._table.take(pa.array(rows)))

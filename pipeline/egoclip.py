@@ -7,15 +7,15 @@ number: nothing is dropped without a word. Tag lists are parsed as integers and 
 import csv
 import math
 import re
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.atomic import write_text_atomically
+from pipeline.clip import MAX_TIME_S
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.errors import DataError, Reason
-from pipeline.read_report import ReadReport, RowCounter, RowError
+from pipeline.read_report import ReadReport, RowCounter, RowError, read_rows
 
 COLUMNS = (
     "clip_idx",
@@ -72,20 +72,7 @@ def read_egoclip(path: Path) -> tuple[ClipTable, ReadReport]:
     Negative starts are set to 0, ends beyond the video to its end; rows that cannot be used are skipped;
     all are counted with line numbers. Raises DataError when there is no file or a column is missing.
     """
-    counter = RowCounter()
-    builder = ClipTableBuilder()
-    line_numbers = array("i")
-    for line_number, cells, columns in _cells(path):
-        counter.rows += 1
-        try:
-            if cells is None:
-                raise RowError(Reason.BAD_ROW, "not UTF-8 text")
-            _add_row(builder, cells, columns, line_number, counter)
-        except RowError as error:
-            counter.count(error.reason, line_number, error.detail)
-            continue
-        line_numbers.append(line_number)
-    return counter.finish(builder.build(), line_numbers)
+    return read_rows(_rows(path), _add_row)
 
 
 def format_egoclip(rows: Iterable[EgoClipRow]) -> str:
@@ -110,8 +97,8 @@ def _cell(value: object) -> str:
     return '"' + text.replace('"', '""') + '"' if '"' in text else text
 
 
-def _cells(path: Path) -> Iterator[tuple[int, list[str] | None, dict[str, int]]]:
-    """Yields (line number, cells or None where a line is no text, column name -> place)."""
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | RowError]]:
+    """Yields (line number, column -> cell, or what is wrong with the line)."""
     if not path.is_file():
         raise DataError(f"no EgoClip file at {path}; expected a TAB separated text file with a header line")
     with path.open("rb") as lines:
@@ -119,12 +106,18 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str] | None, dict[str, int]]]
         columns = _columns(path, header)
         num_columns = header.count("\t") + 1
         for line_number, raw in enumerate(lines, start=2):
-            if not raw.strip():
-                continue
-            try:
-                yield line_number, _split(raw.decode("utf-8").rstrip("\r\n"), num_columns), columns
-            except UnicodeDecodeError:
-                yield line_number, None, columns
+            if raw.strip():
+                yield line_number, _row(raw, columns, num_columns)
+
+
+def _row(raw: bytes, columns: dict[str, int], num_columns: int) -> dict[str, str] | RowError:
+    try:
+        cells = _split(raw.decode("utf-8").rstrip("\r\n"), num_columns)
+    except UnicodeDecodeError:
+        return RowError(Reason.BAD_ROW, "not UTF-8 text")
+    if len(cells) <= max(columns.values()):
+        return RowError(Reason.BAD_ROW, f"{len(cells)} cells, expected {max(columns.values()) + 1}")
+    return {name: cells[place].strip() for name, place in columns.items()}
 
 
 def _columns(path: Path, header: str) -> dict[str, int]:
@@ -153,16 +146,7 @@ def _split(line: str, num_columns: int) -> list[str]:
     return line.split("\t")
 
 
-def _add_row(
-    builder: ClipTableBuilder,
-    cells: list[str],
-    columns: dict[str, int],
-    line_number: int,
-    counter: RowCounter,
-) -> None:
-    if len(cells) <= max(columns.values()):
-        raise RowError(Reason.BAD_ROW, f"{len(cells)} cells, expected {max(columns.values()) + 1}")
-    row = {name: cells[place].strip() for name, place in columns.items()}
+def _add_row(builder: ClipTableBuilder, row: dict[str, str], line_number: int, counter: RowCounter) -> None:
     duration_s, narration_s, start_s, end_s = (
         _seconds(row, name) for name in ("video_dur", "narration_time", "clip_start", "clip_end")
     )
@@ -192,6 +176,6 @@ def _seconds(row: dict[str, str], name: str) -> float:
         value = float(row[name])
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= MAX_TIME_S:
         raise RowError(Reason.BAD_ROW, f"{name} is {row[name][:40]!r}, expected seconds")
     return value

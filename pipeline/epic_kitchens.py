@@ -6,14 +6,13 @@ are those of EPIC's own taxonomy. Lists are parsed as integers and never evaluat
 
 import csv
 import re
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.egoclip import parse_tags
 from pipeline.errors import DataError, Reason
-from pipeline.read_report import ReadReport, RowCounter, RowError
+from pipeline.read_report import ReadReport, RowCounter, RowError, read_rows
 
 NARRATION_TIME = "narration_timestamp"
 # What is read; files have more columns. NARRATION_TIME may be absent.
@@ -39,20 +38,7 @@ def read_epic_kitchens(path: Path) -> tuple[ClipTable, ReadReport]:
     clip: counted. Rows that cannot be used are skipped and counted; all with line numbers. Raises DataError when there
     is no file or a column is missing.
     """
-    counter = RowCounter()
-    builder = ClipTableBuilder()
-    line_numbers = array("i")
-    for line_number, row in _rows(path):
-        counter.rows += 1
-        try:
-            if isinstance(row, RowError):
-                raise row
-            _add_row(builder, row, line_number, counter)
-        except RowError as error:
-            counter.count(error.reason, line_number, error.detail)
-            continue
-        line_numbers.append(line_number)
-    return counter.finish(builder.build(), line_numbers)
+    return read_rows(_rows(path), _add_row)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | RowError]]:

@@ -7,13 +7,14 @@ files have no verb and noun classes, which EgoNCE needs: every clip comes with e
 
 import math
 import pickle
-from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.clip import MAX_TIME_S
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.errors import DataError, Reason
-from pipeline.read_report import ReadReport, RowCounter, RowError
+from pipeline.read_report import ReadReport, RowCounter, RowError, read_rows
 
 FURTHER_CAPTIONS = "further_captions_left_out"
 _EXPECTED = "expected a pickled list of (video uid, start s, end s, text or list of texts)"
@@ -27,22 +28,17 @@ def read_lavila(path: Path) -> tuple[ClipTable, ReadReport]:
     are skipped; all are counted with their place in the list, from 0. Raises DataError when there is no file, when it
     names a class or function, or is no pickled list.
     """
+    return read_rows(_entries(path), _add_entry, place="entry")
+
+
+def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     entries = _load(path)
-    counter = RowCounter("entry")
-    builder = ClipTableBuilder()
-    numbers = array("q")
     # Taken off one by one: four million entries need not be there twice.
     entries.reverse()
+    number = 0
     while entries:
-        entry, number = entries.pop(), counter.rows
-        counter.rows += 1
-        try:
-            _add_entry(builder, entry, number, counter)
-        except RowError as error:
-            counter.count(error.reason, number, error.detail)
-            continue
-        numbers.append(number)
-    return counter.finish(builder.build(), numbers)
+        yield number, entries.pop()
+        number += 1
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -63,8 +59,8 @@ def _load(path: Path) -> list[Any]:
             entries = _PlainUnpickler(file).load()
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except OSError:
-        raise
+    except OSError as error:
+        raise DataError(f"read {path}: {error.strerror}; {_EXPECTED}") from error
     except Exception as error:  # damaged pickles raise nearly anything, says the manual of pickle
         with path.open("rb") as file:
             head = file.read(16)
@@ -116,7 +112,7 @@ def _seconds(value: Any, name: str) -> float:
         seconds = float(value) if is_number else math.nan
     except OverflowError:
         seconds = math.inf
-    if not math.isfinite(seconds):
+    if not abs(seconds) <= MAX_TIME_S:
         raise RowError(Reason.BAD_ROW, f"{name} is {_brief(value)}, expected seconds")
     return seconds
 

@@ -131,7 +131,7 @@ class FramePipeline:
         def resize(clip: int) -> None:
             places = range(clip * self.num_frames, (clip + 1) * self.num_frames)
             window_THWC = np.stack([decoded.at(place) for place in places])
-            video_BTCHW[clip] = resize_frames(window_THWC, size, size)
+            video_BTCHW[clip] = resize_frames(torch.from_numpy(window_THWC), size, size)
 
         # Waits for all, and raises what any of them raised.
         list(self._threads.map(resize, range(num_clips)))

@@ -1,13 +1,16 @@
 """What became of the rows of an annotation file: nothing is dropped without a word."""
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from pipeline.clip_table import ClipTable
+from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.errors import Reason
 
 MAX_EXAMPLES = 5
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class ReadReport:
 
 
 class RowCounter:
-    """Counts while reading; `finish` sums up. `place` is what rows are called: line, entry."""
+    """Counts while reading. `place` is what rows are called: line, entry."""
 
     def __init__(self, place: str = "line") -> None:
         self.rows = 0
@@ -49,13 +52,9 @@ class RowCounter:
         if len(examples) < MAX_EXAMPLES:
             examples.append(f"{self._place} {number}: {detail}")
 
-    def finish(self, clips: ClipTable, numbers: Sequence[int]) -> tuple[ClipTable, ReadReport]:
-        """The clips without those that stand twice, and the sum. `numbers` are those of their rows in the file."""
-        repeats = clips.repeats()
-        for row in repeats.tolist():
-            self.count(Reason.DUPLICATE, numbers[row], f"clip {clips[row].clip_id} again")
-        clips = clips.without(repeats)
-        return clips, ReadReport(self.rows, len(clips), dict(self._counts), self._examples)
+    def report(self, num_kept: int) -> ReadReport:
+        """The sum."""
+        return ReadReport(self.rows, num_kept, dict(self._counts), self._examples)
 
 
 class RowError(Exception):
@@ -64,3 +63,31 @@ class RowError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+
+def read_rows(
+    rows: Iterable[tuple[int, RowT | RowError]],
+    add: Callable[[ClipTableBuilder, RowT, int, RowCounter], None],
+    place: str = "line",
+) -> tuple[ClipTable, ReadReport]:
+    """The loop of every reader: rows with their number in the file to a table and a report.
+
+    `add(builder, row, number, counter)` appends a row, or raises RowError; rows that repeat a clip are left out.
+    """
+    counter, builder, numbers = RowCounter(place), ClipTableBuilder(), array("q")
+    for number, row in rows:
+        counter.rows += 1
+        try:
+            if isinstance(row, RowError):
+                raise row
+            add(builder, row, number, counter)
+        except RowError as error:
+            counter.count(error.reason, number, error.detail)
+            continue
+        numbers.append(number)
+    clips = builder.build()
+    repeats = clips.repeats()
+    for row in repeats.tolist():
+        counter.count(Reason.DUPLICATE, numbers[row], f"clip {clips[row].clip_id} again")
+    clips = clips.without(repeats)
+    return clips, counter.report(len(clips))

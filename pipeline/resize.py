@@ -31,10 +31,10 @@ def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]
 
 
 def resize_frames(
-    frames_NHWC: UInt8[np.ndarray, "N H W C"], height: int, width: int
+    frames_NHWC: UInt8[Tensor, "N H W C"], height: int, width: int
 ) -> UInt8[Tensor, "N C height width"]:
-    """Frames of one size on the CPU, in channels-last memory."""
-    frames_NCHW = torch.from_numpy(frames_NHWC).permute(0, 3, 1, 2)
+    """Frames of one size on the CPU, channels last in memory, as the quick path of torch wants them and leaves them."""
+    frames_NCHW = frames_NHWC.permute(0, 3, 1, 2)
     return functional.interpolate(frames_NCHW, (height, width), mode="bilinear", antialias=True)
 
 
@@ -58,9 +58,17 @@ class FrameResizer:
         if self._dali is not None:
             return self._dali.resize(frames, sizes)
         return [
-            frame if frame.shape[:2] == size else resize_frames(frame[None], *size)[0].permute(1, 2, 0).numpy()
+            frame if frame.shape[:2] == size else _resize_frame(frame, *size)
             for frame, size in zip(frames, sizes, strict=True)
         ]
+
+
+def _resize_frame(
+    frame_HWC: UInt8[np.ndarray, "H W C"], height: int, width: int
+) -> UInt8[np.ndarray, "height width C"]:
+    # Added by torch: a first axis made by numpy has stride 0, which torch does not take for channels last.
+    frame_NHWC = torch.from_numpy(frame_HWC)[None]
+    return resize_frames(frame_NHWC, height, width)[0].permute(1, 2, 0).numpy()
 
 
 class _DaliResizer:

@@ -34,6 +34,11 @@ def test_order_is_by_uid_then_time_then_id_as_of_the_records():
     )
 
 
+def test_a_sorted_table_is_not_copied_to_be_sorted_again():
+    table = ClipTable.of(RECORDS).in_order()
+    assert table.in_order() is table
+
+
 def test_repeats_are_rows_with_the_id_of_an_earlier_row():
     # The same to the millisecond, and "a/1" stands in ids as "a_1" does: as "a.1".
     again = make_record("b", 2.0004, 2.9996, 9.0, "#C C opens a box", (3,), (1, 2))

@@ -65,6 +65,8 @@ def test_columns_are_found_by_name_and_extra_ones_are_ignored(tmp_path):
     [
         ({"clip_start": "soon"}, "bad_row"),
         ({"clip_end": "nan"}, "bad_row"),
+        ({"clip_end": "1e300"}, "bad_row"),
+        ({"narration_time": "-1e10"}, "bad_row"),
         ({"video_uid": ""}, "bad_row"),
         ({"tag_verb": "[__import__('os')]"}, "bad_row"),
         ({"tag_noun": "93"}, "bad_row"),

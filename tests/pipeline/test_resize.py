@@ -33,7 +33,7 @@ def test_frames_of_different_sizes_shrink_in_one_call_in_their_order():
 def test_halving_weighs_the_four_nearest_pixels_of_a_row_by_a_triangle():
     row = np.array([0, 80, 160, 240, 0, 80, 160, 240], np.uint8)
     frame = np.repeat(np.repeat(row[None, :, None], 4, axis=0), 3, axis=2)
-    shrunk = resize_frames(frame[None], 4, 4)[0]
+    shrunk = resize_frames(torch.from_numpy(frame)[None], 4, 4)[0]
     # Weights 1, 3, 3, 1 of 8 around the centre; at the border the outer one is left out: 3, 3, 1 of 7.
     expected = [(0 * 3 + 80 * 3 + 160) / 7, (80 + 160 * 3 + 240 * 3 + 0) / 8]
     expected += [(240 + 0 * 3 + 80 * 3 + 160) / 8, (80 + 160 * 3 + 240 * 3) / 7]
