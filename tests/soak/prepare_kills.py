@@ -26,6 +26,8 @@ def start(recipe: Path, shards: Path, num_workers: int) -> subprocess.Popen[byte
     """A run in the background; its output goes to a file beside the shards."""
     command = [sys.executable, "-m", "jobs", "prepare", str(recipe)]
     command += ["--set", f"data.shards={shards}", "--set", f"cluster.num_cpus={num_workers}"]
+    # A stage that would not fit on so few is refused, though none runs here.
+    command += ["--set", "cluster.num_workers=1"]
     with shards.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
