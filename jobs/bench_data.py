@@ -17,7 +17,7 @@ from jobs.bench_loading import Loading, clips_in_videos, measure_loading
 from jobs.bench_peer import VideoClip, VideoClips
 from jobs.bench_preparing import Preparing, measure_preparing, plan_again
 from jobs.bench_record import BenchError, Ratio, Spread, print_table, processor, require_writable
-from jobs.pretrain import open_tokenizer
+from jobs.pretrain import open_store, open_tokenizer
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from pipeline.loader import BatchLoader
@@ -71,7 +71,7 @@ def bench_data(
 
     # As in the process of a training stage.
     keep_freed_memory()
-    with ClipStore(Path(recipe.data.shards) / "train") as store:
+    with open_store(recipe, "train") as store:
         loader = _loader(recipe, plan, store, num_threads)
         clips = _clips_shown(recipe, plan, store, loader)
         add("data", describe(recipe, store, clips))

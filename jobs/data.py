@@ -20,6 +20,7 @@ from pipeline.manifest import (
     verify_index,
     verify_shard,
 )
+from pipeline.storage import StoragePath, is_url, storage_path
 
 WORLD = "world"
 ANNOTATIONS = "annotations"
@@ -82,12 +83,12 @@ def verify(recipe: Recipe, report: ProgressReport, cluster: Cluster) -> int:
     """
     num_faults = 0
     for name in (TRAIN, EGOMCQ) if recipe.data.egomcq else (TRAIN,):
-        shards_dir = Path(recipe.data.shards).absolute() / name
+        shards_dir = storage_path(recipe.data.shards).absolute() / name
         manifest = read_manifest(shards_dir)
         faults = [*verify_files(shards_dir, manifest), *verify_index(shards_dir, manifest)]
 
         # A plain function: Ray makes tasks of nothing else.
-        def check(entry: ShardEntry, shards_dir: Path = shards_dir) -> list[str]:
+        def check(entry: ShardEntry, shards_dir: StoragePath = shards_dir) -> list[str]:
             return verify_shard(shards_dir, entry)
 
         with report.task(f"{name}: reading shards again", len(manifest.shards)) as task:
@@ -127,7 +128,9 @@ def prepare_on(
                 report.say("svitt prepare ... --repair rebuilds what is damaged, and nothing else")
                 return 1
             return 0
-        recipe_file = Path(recipe.data.shards) / "prepare-recipe.yaml"
+        # Where the job finds it, too: beside the shards, or in the workspace where those are behind a URL.
+        folder = recipe.workspace if is_url(recipe.data.shards) else recipe.data.shards
+        recipe_file = Path(folder) / "prepare-recipe.yaml"
         recipe_file.parent.mkdir(parents=True, exist_ok=True)
         write_durably(recipe_file, dump_yaml(recipe))
         job_id = f"{recipe.name}-prepare-{config_hash(recipe)[:8]}"

@@ -8,7 +8,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from jobs.progress import ProgressReport
@@ -35,6 +34,7 @@ from pipeline.prepare import ShardPlan, build_shard, find_video, plan_shards, sh
 from pipeline.questions import QUESTIONS_FILE, build_question_set, questions_to_bytes
 from pipeline.read_report import ReadReport
 from pipeline.shards import ShardReceipt, ShardSummary, read_receipt, sha256_of_file, shard_paths
+from pipeline.storage import StoragePath, make_folder, storage_path
 from pipeline.text import build_vocabulary
 from pipeline.video import VideoTimeline
 
@@ -73,7 +73,7 @@ class _ShardSet:
     """One set under way: where it goes, its shards in order, and what reading its annotations said."""
 
     name: str
-    out_dir: Path
+    out_dir: StoragePath
     shards: list[ShardSummary]
     read_report: ReadReport
 
@@ -95,11 +95,11 @@ class _ShardSet:
 
 
 def run_prepare(
-    egoclip: str | Path,
-    egomcq_json: str | Path | None,
-    videos_dir: str | Path,
-    taxonomy: str | Path | None,
-    out_dir: str | Path,
+    egoclip: str | StoragePath,
+    egomcq_json: str | StoragePath | None,
+    videos_dir: str | StoragePath,
+    taxonomy: str | StoragePath | None,
+    out_dir: str | StoragePath,
     config: PrepareConfig,
     mapper: Mapper,
     progress: ProgressReport,
@@ -111,15 +111,15 @@ def run_prepare(
     `config.max_rejected_share` of a set is lost; by then all shards and the list of losses are on disk.
     """
     # Tasks may run in another working directory.
-    videos_dir, out_dir = Path(videos_dir).absolute(), Path(out_dir).absolute()
-    clips, read_report = READERS[egoclip_format](Path(egoclip))
+    videos_dir, out_dir = storage_path(videos_dir).absolute(), storage_path(out_dir).absolute()
+    clips, read_report = READERS[egoclip_format](storage_path(egoclip))
     if not clips:
         raise DataError(f"read {egoclip}: no row can be used: {'; '.join(read_report.lines())}")
     # Once, here: shards are cut from sorted clips, and the unsorted ones need not be kept for as long as that takes.
     clips = clips.in_order()
-    questions = read_egomcq(Path(egomcq_json)) if egomcq_json is not None else []
+    questions = read_egomcq(storage_path(egomcq_json)) if egomcq_json is not None else []
     choices = ClipTable.of({c.clip_id: c for question in questions for c in question.choices}.values())
-    found_taxonomy = read_taxonomy(Path(taxonomy)) if taxonomy is not None else None
+    found_taxonomy = read_taxonomy(storage_path(taxonomy)) if taxonomy is not None else None
     num_tags = _num_tags((clips, choices), found_taxonomy)
 
     def build(name: str, clips: ClipTable, read_report: ReadReport) -> _ShardSet:
@@ -149,7 +149,7 @@ def run_prepare(
     write_index(mcq.out_dir, mcq.receipts())
     question_set = build_question_set(questions, mcq.stored_ids, reversed_verbs)
     mcq_source = {
-        "file": Path(egomcq_json).name,
+        "file": storage_path(egomcq_json).name,
         "sha256": sha256_of_file(egomcq_json),
         "questions": len(questions),
         "unreadable": len(question_set.unreadable),
@@ -158,9 +158,9 @@ def run_prepare(
     return PrepareResult(train_manifest, mcq_manifest, read_report)
 
 
-def _train_source(egoclip: str | Path, report: ReadReport) -> dict[str, Any]:
+def _train_source(egoclip: str | StoragePath, report: ReadReport) -> dict[str, Any]:
     return {
-        "file": Path(egoclip).name,
+        "file": storage_path(egoclip).name,
         "sha256": sha256_of_file(egoclip),
         "rows": report.rows,
         "kept": report.kept,
@@ -190,7 +190,7 @@ def _build_shards(
     name: str,
     clips: ClipTable,
     videos_dir: str,
-    out_dir: Path,
+    out_dir: StoragePath,
     config: PrepareConfig,
     mapper: Mapper,
     progress: ProgressReport,
@@ -205,7 +205,7 @@ def _build_shards(
         return build_shard(plan, out_dir, run_key=run_key).summary
 
     run_key = uuid.uuid4().hex[:8]
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir)
     video_uids = clips.video_uids
     timelines: dict[str, VideoTimeline | VideoError] = {}
     with progress.task(f"{name}: finding videos", len(video_uids)) as task:
@@ -225,7 +225,7 @@ def _build_shards(
     return [shards[shard_name] for shard_name in plans.names]
 
 
-def _looks_finished(out_dir: Path, plan: ShardPlan) -> bool:
+def _looks_finished(out_dir: StoragePath, plan: ShardPlan) -> bool:
     """Cheap look before the work: checksums are compared by the task itself."""
     tar_path, receipt_path = shard_paths(out_dir, plan.name)
     try:

@@ -4,7 +4,6 @@ Only annotations are read, and file sizes looked at; no video is opened.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from jobs.prepare import EGOMCQ, READERS, TRAIN
 from jobs.recipe import Recipe
@@ -13,6 +12,7 @@ from pipeline.clip_table import ClipTable
 from pipeline.egomcq import read_egomcq
 from pipeline.errors import VideoError
 from pipeline.layout import locate_files
+from pipeline.storage import StoragePath, file_sizes, storage_path
 
 NEEDED_FILE, ABSENT_FILE = "videos-needed.txt", "videos-absent.txt"
 GIB = 2**30
@@ -23,10 +23,12 @@ def plan_lines(recipe: Recipe) -> list[str]:
     line: what download tools take. Raises DataError for annotations that cannot be used.
     """
     data = recipe.data
-    clips, report = READERS[data.egoclip_format](Path(data.egoclip))
+    clips, report = READERS[data.egoclip_format](storage_path(data.egoclip))
     sets = {TRAIN: clips}
     if data.egomcq is not None:
-        choices = {c.clip_id: c for question in read_egomcq(Path(data.egomcq)) for c in question.choices}
+        choices = {
+            c.clip_id: c for question in read_egomcq(storage_path(data.egomcq)) for c in question.choices
+        }
         sets[EGOMCQ] = ClipTable.of(choices.values())
     lines = report.lines()
     for name, table in sets.items():
@@ -46,13 +48,13 @@ def _set_lines(name: str, clips: ClipTable, recipe: Recipe) -> list[str]:
             absent[uid] = error
         else:
             num_bytes += sum(file.path.stat().st_size for file in files)
-    out_dir = Path(data.shards) / name
+    out_dir = storage_path(data.shards) / name
     _write_uids(out_dir / NEEDED_FILE, by_video)
     _write_uids(out_dir / ABSENT_FILE, absent)
     hours = sum(end_s for _, end_s in by_video.values()) / 3600
     lost = sum(by_video[uid][0] for uid in absent)
     num_shards = -(-len(clips) // config.clips_per_shard)
-    num_written = len(list(out_dir.glob("shard-*.tar")))
+    num_written = sum(name.startswith("shard-") and name.endswith(".tar") for name in file_sizes(out_dir))
     lines = [
         f"{name}: {len(clips)} clips of {len(by_video)} videos, {hours:.1f} hours up to their last clips "
         f"(listed in {out_dir / NEEDED_FILE})",
@@ -69,5 +71,5 @@ def _set_lines(name: str, clips: ClipTable, recipe: Recipe) -> list[str]:
     return lines
 
 
-def _write_uids(path: Path, uids: Iterable[str]) -> None:
+def _write_uids(path: StoragePath, uids: Iterable[str]) -> None:
     write_text_atomically(path, "".join(f"{uid}\n" for uid in uids))

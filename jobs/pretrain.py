@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +31,7 @@ from model.video_text_model import VideoTextModel
 from model.weights import load_for_num_frames
 from pipeline.loader import BatchLoader
 from pipeline.questions import read_questions
+from pipeline.storage import storage_path
 from pipeline.store import ClipStore
 from pipeline.text import CaptionTokenizer
 
@@ -129,8 +130,14 @@ def build_context(config: dict[str, Any]) -> StageContext:
 
 def open_tokenizer(recipe: Recipe) -> CaptionTokenizer:
     """The tokenizer of the data: a local vocabulary file if the recipe names one, else the data's own."""
-    path = recipe.data.vocabulary or Path(recipe.data.shards) / "train" / "vocab.txt"
+    path = recipe.data.vocabulary or storage_path(recipe.data.shards) / "train" / "vocab.txt"
     return CaptionTokenizer(path, recipe.loader.text_length)
+
+
+def open_store(recipe: Recipe, name: Literal["train", "egomcq"]) -> ClipStore:
+    """One of the recipe's two sets of clips."""
+    shards_dir = storage_path(recipe.data.shards) / name
+    return ClipStore(shards_dir, recipe.loader.cache_dir, recipe.loader.cache_gib)
 
 
 def log_to_file(path: Path) -> None:
@@ -147,7 +154,7 @@ def train(
     context: StageContext, engine: Engine, first_step: int, checkpoints: CheckpointStore, tracker: Tracker
 ) -> bool:
     """Trains from `first_step` on. Returns whether the stage reached its last step; False when stopped."""
-    store = ClipStore(Path(context.recipe.data.shards) / "train")
+    store = open_store(context.recipe, "train")
     pace = pace_of(context, len(store))
     if first_step == pace.num_steps:
         return True
@@ -306,9 +313,12 @@ def evaluate_weights(context: StageContext, checkpoint: Checkpoint) -> Evaluatio
     model = VideoTextModel(context.model_config()).to(context.device)
     load_for_num_frames(model, checkpoint.load_weights())
     recipe = context.recipe
-    shards = Path(recipe.data.shards) / "egomcq"
     encoder = Encoder(model, context.tokenizer, recipe.loader, recipe.evaluation.batch_size, context.device)
-    with ClipStore(shards) as store:
+    with open_store(recipe, "egomcq") as store:
         return score_egomcq(
-            encoder, store, read_questions(shards), context.ranks, recipe.evaluation.max_unreadable_share
+            encoder,
+            store,
+            read_questions(store.shards_dir),
+            context.ranks,
+            recipe.evaluation.max_unreadable_share,
         )

@@ -13,6 +13,7 @@ from infra.config import CheckpointConfig, ClusterConfig, EngineConfig, Settings
 from infra.config_io import ConfigError, load_config
 from model.config import ModelConfig
 from pipeline.config import ClipRuleConfig, LoaderConfig, PrepareConfig, WorldConfig
+from pipeline.storage import is_url
 
 
 class DataConfig(Settings):
@@ -174,10 +175,14 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def resolve_paths(recipe: Recipe, workspace: Path) -> Recipe:
-    """The recipe with absolute paths, starting from `workspace`."""
+    """The recipe with absolute paths, starting from `workspace`; URLs stay as they are."""
     root = workspace.resolve()
     data = recipe.data.model_dump(exclude={"egoclip_format"})
-    paths = {name: str(root / value) for name, value in data.items() if value is not None}
+    paths = {
+        name: value if is_url(value) else str(root / value)
+        for name, value in data.items()
+        if value is not None
+    }
     return recipe.model_copy(update={"workspace": str(root), "data": recipe.data.model_copy(update=paths)})
 
 

@@ -12,6 +12,7 @@ from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
 from pipeline.manifest import read_manifest, require_tags, require_whole
+from pipeline.storage import storage_path
 
 # Controllers started by one command when they are killed one after the other.
 MAX_CONTROLLERS = 4
@@ -46,7 +47,7 @@ def require_shards(recipe: Recipe) -> None:
     is started for it.
     """
     for name in ("train", "egomcq") if recipe.data.egomcq else ("train",):
-        shards_dir = Path(recipe.data.shards) / name
+        shards_dir = storage_path(recipe.data.shards) / name
         manifest = read_manifest(shards_dir)
         require_whole(shards_dir, manifest, is_full=False)
         if name == "train" and recipe.model.vtc_positives == "action":

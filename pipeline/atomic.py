@@ -2,30 +2,48 @@
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.storage import StoragePath, make_folder, storage_path
+
+
+def partial_of(target: StoragePath) -> Path:
+    """A name on this machine to write to before `publish`: beside the target, or in the temporary folder for a URL."""
+    folder = target.parent if isinstance(target, Path) else Path(tempfile.gettempdir())
+    return folder / f".{target.name}.{uuid.uuid4().hex}.partial"
+
+
+def publish(partial: Path, target: StoragePath) -> None:
+    """A written file under its name: synced, renamed and the folder synced, or uploaded, which is whole or nothing."""
+    if isinstance(target, Path):
+        _sync(partial)
+        partial.replace(target)
+        _sync(target.parent)
+    else:
+        target.fs.put_file(str(partial), target.path)
+        partial.unlink()
+
 
 @contextlib.contextmanager
-def replaced_whole(path: str | Path) -> Iterator[Path]:
-    """Yields a name beside the target to write to; at the end it is synced, renamed, and the folder synced.
+def replaced_whole(path: str | StoragePath) -> Iterator[Path]:
+    """Yields a name to write to; at the end the file is published.
 
     Readers see the old file or the new one. An exception leaves the old one and nothing else.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    target = storage_path(path)
+    partial = partial_of(target)
     try:
         yield partial
-        _sync(partial)
-        partial.replace(path)
+        publish(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file by rename; see `replaced_whole`."""
+def write_atomically(path: str | StoragePath, content: bytes) -> None:
+    """Writes a file; see `replaced_whole`."""
     with replaced_whole(path) as partial:
         partial.write_bytes(content)
 
@@ -38,11 +56,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomically(path: Path, text: str) -> bool:
-    """Writes UTF-8 text by rename; returns False, touching nothing, when the file already holds it."""
+def write_text_atomically(path: StoragePath, text: str) -> bool:
+    """Writes UTF-8 text; returns False, touching nothing, when the file already holds it."""
     content = text.encode("utf-8")
     if path.exists() and path.read_bytes() == content:
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, content)
     return True

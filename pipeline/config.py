@@ -133,6 +133,11 @@ class LoaderConfig(BaseModel):
     shuffle_window_shards: int = Field(
         default=8, ge=1, description="shards read together; clips are shuffled inside"
     )
+    cache_dir: str | None = Field(
+        default=None,
+        description="local folder for shards of a store such as s3://; empty = one in the system's temporary folder",
+    )
+    cache_gib: float = Field(default=32.0, gt=0, description="most that such local copies may take")
     device: Literal["cpu", "gpu"] = Field(
         default="cpu", description="where JPEG frames are decoded and resized"
     )

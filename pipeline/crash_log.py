@@ -6,7 +6,8 @@ prepare only (`run_key`): a machine that was switched off is no fault of the vid
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+
+from pipeline.storage import StoragePath, make_folder, storage_path
 
 SUFFIX = ".decoding"
 
@@ -14,8 +15,8 @@ SUFFIX = ".decoding"
 class CrashLog:
     """Notes of one shard in one run."""
 
-    def __init__(self, folder: str | Path, shard: str, run_key: str) -> None:
-        self._path = Path(folder) / f".{shard}.{run_key}{SUFFIX}"
+    def __init__(self, folder: str | StoragePath, shard: str, run_key: str) -> None:
+        self._path = storage_path(folder) / f".{shard}.{run_key}{SUFFIX}"
         # What stands here when an attempt begins was begun by attempts that did not live to take it out.
         self._died_at = self._path.read_text().split() if self._path.exists() else []
 
@@ -26,7 +27,7 @@ class CrashLog:
     @contextlib.contextmanager
     def decoding(self, video_uid: str) -> Iterator[None]:
         """Around the decoding of one video."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         self._path.write_text(" ".join([*self._died_at, video_uid]))
         try:
             yield

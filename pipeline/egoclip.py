@@ -16,6 +16,7 @@ from pipeline.clip import MAX_TIME_S
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.errors import DataError, Reason
 from pipeline.read_report import ReadReport, RowCounter, RowError, read_rows
+from pipeline.storage import StoragePath
 
 COLUMNS = (
     "clip_idx",
@@ -66,7 +67,7 @@ def parse_tags(text: str) -> tuple[int, ...]:
     return tags
 
 
-def read_egoclip(path: Path) -> tuple[ClipTable, ReadReport]:
+def read_egoclip(path: StoragePath) -> tuple[ClipTable, ReadReport]:
     """Reads an EgoClip file into a table and a report of everything that was not as it should be.
 
     Negative starts are set to 0, ends beyond the video to its end; rows that cannot be used are skipped;
@@ -97,7 +98,7 @@ def _cell(value: object) -> str:
     return '"' + text.replace('"', '""') + '"' if '"' in text else text
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | RowError]]:
+def _rows(path: StoragePath) -> Iterator[tuple[int, dict[str, str] | RowError]]:
     """Yields (line number, column -> cell, or what is wrong with the line)."""
     if not path.is_file():
         raise DataError(f"no EgoClip file at {path}; expected a TAB separated text file with a header line")
@@ -120,7 +121,7 @@ def _row(raw: bytes, columns: dict[str, int], num_columns: int) -> dict[str, str
     return {name: cells[place].strip() for name, place in columns.items()}
 
 
-def _columns(path: Path, header: str) -> dict[str, int]:
+def _columns(path: StoragePath, header: str) -> dict[str, int]:
     names = [name.strip().strip('"') for name in header.split("\t")]
     missing = [name for name in COLUMNS if name not in names]
     if missing:

@@ -11,12 +11,12 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.clip import ClipRecord, make_record
 from pipeline.egoclip import parse_tags
 from pipeline.errors import DataError
+from pipeline.storage import StoragePath
 
 Kind = Literal["inter", "intra"]
 KIND_OF_TYPE: dict[int, Kind] = {1: "inter", 2: "intra"}
@@ -41,7 +41,7 @@ class Question:
     answer: int
 
 
-def read_egomcq(path: Path) -> list[Question]:
+def read_egomcq(path: StoragePath) -> list[Question]:
     """Reads an EgoMCQ JSON file, questions in order of their numbers.
 
     Raises EgoMcqError, naming the question, for a missing key, a type other than 1 or 2, not exactly five

@@ -7,12 +7,12 @@ are those of EPIC's own taxonomy. Lists are parsed as integers and never evaluat
 import csv
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.egoclip import parse_tags
 from pipeline.errors import DataError, Reason
 from pipeline.read_report import ReadReport, RowCounter, RowError, read_rows
+from pipeline.storage import StoragePath
 
 NARRATION_TIME = "narration_timestamp"
 # What is read; files have more columns. NARRATION_TIME may be absent.
@@ -31,7 +31,7 @@ def parse_timestamp(text: str) -> float:
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
 
 
-def read_epic_kitchens(path: Path) -> tuple[ClipTable, ReadReport]:
+def read_epic_kitchens(path: StoragePath) -> tuple[ClipTable, ReadReport]:
     """Reads one file into a table and a report of everything that was not as it should be.
 
     A clip has one verb and all nouns of its narration. Without a readable narration time it gets the middle of the
@@ -41,7 +41,7 @@ def read_epic_kitchens(path: Path) -> tuple[ClipTable, ReadReport]:
     return read_rows(_rows(path), _add_row)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | RowError]]:
+def _rows(path: StoragePath) -> Iterator[tuple[int, dict[str, str] | RowError]]:
     """Yields (line number, column -> cell, or what is wrong with the line)."""
     if not path.is_file():
         raise DataError(
@@ -55,7 +55,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | RowError]]:
                 yield line_number, _row(raw, names)
 
 
-def _names(path: Path, header: str) -> list[str]:
+def _names(path: StoragePath, header: str) -> list[str]:
     names = [name.strip().strip('"') for name in header.split(",")]
     missing = [name for name in COLUMNS if name not in names]
     if missing:

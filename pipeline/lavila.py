@@ -8,19 +8,19 @@ files have no verb and noun classes, which EgoNCE needs: every clip comes with e
 import math
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.clip import MAX_TIME_S
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.errors import DataError, Reason
 from pipeline.read_report import ReadReport, RowCounter, RowError, read_rows
+from pipeline.storage import StoragePath
 
 FURTHER_CAPTIONS = "further_captions_left_out"
 _EXPECTED = "expected a pickled list of (video uid, start s, end s, text or list of texts)"
 
 
-def read_lavila(path: Path) -> tuple[ClipTable, ReadReport]:
+def read_lavila(path: StoragePath) -> tuple[ClipTable, ReadReport]:
     """Reads a pickle into a table and a report of everything that was not as it should be.
 
     Of several texts the first that is not empty becomes the caption; entries whose other texts are left out are
@@ -31,7 +31,7 @@ def read_lavila(path: Path) -> tuple[ClipTable, ReadReport]:
     return read_rows(_entries(path), _add_entry, place="entry")
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+def _entries(path: StoragePath) -> Iterator[tuple[int, Any]]:
     entries = _load(path)
     # Taken off one by one: four million entries need not be there twice.
     entries.reverse()
@@ -51,7 +51,7 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
-def _load(path: Path) -> list[Any]:
+def _load(path: StoragePath) -> list[Any]:
     if not path.is_file():
         raise DataError(f"no LaViLa file at {path}; {_EXPECTED}, such as ego4d_train.pkl")
     try:

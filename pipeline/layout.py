@@ -5,11 +5,11 @@ and 15 s each, named by their first second.
 """
 
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import VideoLayout
 from pipeline.errors import Reason, VideoError
+from pipeline.storage import StoragePath, storage_path
 
 NAMED_LAYOUTS = {
     "raw": VideoLayout(pattern="{uid}.mp4"),
@@ -25,7 +25,7 @@ _CHUNK = re.compile(r"\{(start|number)\}")
 class VideoFile(NamedTuple):
     """One file of a video and its first second in the whole video."""
 
-    path: Path
+    path: StoragePath
     start_s: float
 
 
@@ -34,7 +34,7 @@ def layout_of(layout: str | VideoLayout) -> VideoLayout:
     return NAMED_LAYOUTS[layout] if isinstance(layout, str) else layout
 
 
-def locate_files(videos_dir: str | Path, video_uid: str, layout: str | VideoLayout) -> list[VideoFile]:
+def locate_files(videos_dir: str | StoragePath, video_uid: str, layout: str | VideoLayout) -> list[VideoFile]:
     """The files of one video in order of time, empty ones of a chunked layout left out: an exact cut leaves an empty
     last chunk behind, which holds no time.
 
@@ -48,7 +48,7 @@ def locate_files(videos_dir: str | Path, video_uid: str, layout: str | VideoLayo
     found = layout_of(layout)
     pattern, chunk_s = found.pattern, found.chunk_s
     name = pattern.replace("{uid}", video_uid).replace("{prefix}", video_uid.split("_")[0])
-    path = Path(videos_dir) / name
+    path = storage_path(videos_dir) / name
     if chunk_s is None:
         if not path.is_file():
             raise VideoError(video_uid, Reason.MISSING_VIDEO, f"no file {path}; layout is {shown}")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -32,6 +32,8 @@ from pipeline.text import CaptionTokenizer
 __all__ = ["Batch", "BatchLoader", "ClipView", "FrameOrder", "FramePipeline", "eval_batches"]
 
 ValueT = TypeVar("ValueT")
+# Shards of a remote store are asked for this many steps before their clips.
+FETCH_AHEAD_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ class BatchLoader:
         self._num_frames = num_frames
         self._seed = seed
         self._rank, self._world_size = rank, world_size
-        self._order = SampleOrder(seed, store.shard_sizes, global_batch_size, config.shuffle_window_shards)
+        self._cut = (store.shard_sizes, global_batch_size, config.shuffle_window_shards)
+        self._order = SampleOrder(seed, *self._cut)
         self._scenes = store.scene_index() if with_companions else None
         share = rank_slice(np.arange(global_batch_size), rank, world_size)
         self._local_batch_size = len(share) * (2 if with_companions else 1)
@@ -224,10 +227,26 @@ class BatchLoader:
                 self._config.num_threads,
                 self._config.device,
             )
+            fetch_ahead = self._fetching_ahead(step)
             for now in count(step):
+                next(fetch_ahead)
                 yield now, collate(self._store, self.views(now), self._tokenizer, pipeline)
 
         return prefetch(produce, self._config.prefetch_batches)
+
+    def _fetching_ahead(self, step: int) -> Iterator[None]:
+        """Advanced once a step, has the shards of a remote store fetched `FETCH_AHEAD_STEPS` steps before they are
+        read.
+        """
+        if not self._store.is_remote:
+            yield from repeat(None)
+        # An order of its own: the other one would change between two epochs at the end of each.
+        order = SampleOrder(self._seed, *self._cut)
+        for coming in range(step, step + FETCH_AHEAD_STEPS):
+            self._store.fetch_ahead(order.batch_ids(coming))
+        for coming in count(step + FETCH_AHEAD_STEPS):
+            self._store.fetch_ahead(order.batch_ids(coming))
+            yield
 
     def _view(self, row: int, epoch: int) -> ClipView:
         store, clip_id = self._store, self._store.clip_id(row)

@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +27,7 @@ from pipeline.shards import (
     shard_paths,
     to_json_bytes,
 )
+from pipeline.storage import StoragePath, file_sizes, storage_path
 
 MANIFEST_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -143,9 +143,9 @@ def build_manifest(
     )
 
 
-def write_rejected(out_dir: str | Path, shards: Sequence[ShardSummary]) -> Path:
+def write_rejected(out_dir: str | StoragePath, shards: Sequence[ShardSummary]) -> StoragePath:
     """Write rejected.jsonl, one clip a line, in plan order; an empty file when nothing was rejected."""
-    path = Path(out_dir) / REJECTED_FILE
+    path = storage_path(out_dir) / REJECTED_FILE
     lines = [
         to_json_bytes({**rejected.model_dump(mode="json"), "shard": shard.name})
         for shard in shards
@@ -155,9 +155,9 @@ def write_rejected(out_dir: str | Path, shards: Sequence[ShardSummary]) -> Path:
     return path
 
 
-def write_index(out_dir: str | Path, receipts: Iterable[ShardReceipt]) -> None:
+def write_index(out_dir: str | StoragePath, receipts: Iterable[ShardReceipt]) -> None:
     """Write index.parquet, clips in order of shard, a receipt at a time: a large set does not fit into memory."""
-    path = Path(out_dir) / INDEX_FILE
+    path = storage_path(out_dir) / INDEX_FILE
     with (
         replaced_whole(path) as partial,
         pq.ParquetWriter(partial, INDEX_SCHEMA, compression="zstd") as writer,
@@ -183,21 +183,21 @@ def _index_rows(receipt: ShardReceipt, number: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
 
 
-def indexed_captions(out_dir: str | Path) -> Iterator[str]:
+def indexed_captions(out_dir: str | StoragePath) -> Iterator[str]:
     """Captions of all stored clips."""
-    with pq.ParquetFile(Path(out_dir) / INDEX_FILE) as file:
+    with (storage_path(out_dir) / INDEX_FILE).open("rb") as opened, pq.ParquetFile(opened) as file:
         for batch in file.iter_batches(columns=["caption"]):
             yield from batch["caption"].to_pylist()
 
 
-def write_manifest(out_dir: str | Path, manifest: Manifest, shard_names: Iterable[str]) -> None:
+def write_manifest(out_dir: str | StoragePath, manifest: Manifest, shard_names: Iterable[str]) -> None:
     """Publish a finished set, whose other files are written, then remove shards that no longer belong to it.
 
     `shard_names` are those of all receipts: a shard whose clips were all rejected has one too.
     """
-    write_atomically(Path(out_dir) / MANIFEST_FILE, to_json_bytes(manifest.model_dump(mode="json")))
+    write_atomically(storage_path(out_dir) / MANIFEST_FILE, to_json_bytes(manifest.model_dump(mode="json")))
     current = set(shard_names)
-    for path in Path(out_dir).iterdir():
+    for path in storage_path(out_dir).iterdir():
         match = _SHARD_FILE.fullmatch(path.name)
         is_stale = match is not None and match.group(1) not in current
         if is_stale or (path.name.startswith(".") and path.name.endswith((".partial", CRASH_SUFFIX))):
@@ -218,14 +218,14 @@ def require_tags(manifest: Manifest) -> None:
     )
 
 
-def unpublish(out_dir: str | Path) -> None:
+def unpublish(out_dir: str | StoragePath) -> None:
     """Take the manifest away before shards are replaced: a half-changed set must not look complete."""
-    (Path(out_dir) / MANIFEST_FILE).unlink(missing_ok=True)
+    (storage_path(out_dir) / MANIFEST_FILE).unlink(missing_ok=True)
 
 
-def read_manifest(shards_dir: str | Path) -> Manifest:
+def read_manifest(shards_dir: str | StoragePath) -> Manifest:
     """Read manifest.json. Raises ShardError when it is absent, damaged or of another format version."""
-    path = Path(shards_dir) / MANIFEST_FILE
+    path = storage_path(shards_dir) / MANIFEST_FILE
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -244,38 +244,46 @@ def read_manifest(shards_dir: str | Path) -> Manifest:
         raise ShardError(f"read {path}: {error}; run prepare again: it rewrites the file") from error
 
 
-def verify_set(shards_dir: str | Path, manifest: Manifest, is_full: bool = True) -> list[str]:
+def verify_set(shards_dir: str | StoragePath, manifest: Manifest, is_full: bool = True) -> list[str]:
     """Names and faults of files that differ from the manifest: sizes always, checksums when `is_full`."""
-    shard_faults = [verify_shard(shards_dir, entry, is_full) for entry in manifest.shards]
+    if is_full:
+        shard_faults = [verify_shard(shards_dir, entry) for entry in manifest.shards]
+    else:
+        # One listing: a store takes long to answer for thousands of shards one by one.
+        sizes = file_sizes(storage_path(shards_dir))
+        shard_faults = [_verify_size(entry, sizes.get(f"{entry.name}.tar")) for entry in manifest.shards]
     return [*itertools.chain.from_iterable(shard_faults), *verify_files(shards_dir, manifest)]
 
 
-def verify_shard(shards_dir: str | Path, entry: ShardEntry, is_full: bool = True) -> list[str]:
-    """Faults of one shard, and of its receipt when `is_full`."""
+def verify_shard(shards_dir: str | StoragePath, entry: ShardEntry) -> list[str]:
+    """Faults of one shard and of its receipt; reads it whole."""
     tar_path, receipt_path = shard_paths(shards_dir, entry.name)
-    faults: list[str] = []
-    if not tar_path.is_file():
-        faults.append(f"{tar_path.name}: missing")
-    elif tar_path.stat().st_size != entry.bytes:
-        faults.append(f"{tar_path.name}: {tar_path.stat().st_size} bytes, the manifest says {entry.bytes}")
-    elif is_full and sha256_of_file(tar_path) != entry.sha256:
+    faults = _verify_size(entry, tar_path.stat().st_size if tar_path.is_file() else None)
+    if not faults and sha256_of_file(tar_path) != entry.sha256:
         faults.append(f"{tar_path.name}: its SHA-256 differs from the manifest")
-    if is_full:
-        try:
-            receipt = read_receipt(receipt_path)
-        except ShardError as error:
-            faults.append(f"{receipt_path.name}: {error}")
-        else:
-            if (receipt.sha256, receipt.num_clips) != (entry.sha256, entry.num_clips):
-                faults.append(f"{receipt_path.name}: is of another shard than the manifest's")
+    try:
+        receipt = read_receipt(receipt_path)
+    except ShardError as error:
+        faults.append(f"{receipt_path.name}: {error}")
+    else:
+        if (receipt.sha256, receipt.num_clips) != (entry.sha256, entry.num_clips):
+            faults.append(f"{receipt_path.name}: is of another shard than the manifest's")
     return faults
 
 
-def verify_files(shards_dir: str | Path, manifest: Manifest) -> list[str]:
+def _verify_size(entry: ShardEntry, found_bytes: int | None) -> list[str]:
+    if found_bytes is None:
+        return [f"{entry.name}.tar: missing"]
+    if found_bytes != entry.bytes:
+        return [f"{entry.name}.tar: {found_bytes} bytes, the manifest says {entry.bytes}"]
+    return []
+
+
+def verify_files(shards_dir: str | StoragePath, manifest: Manifest) -> list[str]:
     """Faults of the files beside the shards."""
     faults: list[str] = []
     for name, sha256 in manifest.files.items():
-        path = Path(shards_dir) / name
+        path = storage_path(shards_dir) / name
         if not path.is_file():
             faults.append(f"{name}: missing")
         elif sha256_of_file(path) != sha256:
@@ -283,11 +291,17 @@ def verify_files(shards_dir: str | Path, manifest: Manifest) -> list[str]:
     return faults
 
 
-def verify_index(shards_dir: str | Path, manifest: Manifest) -> list[str]:
+def read_index(path: StoragePath) -> pa.Table:
+    """index.parquet as a table. Raises OSError or ArrowException."""
+    with path.open("rb") as file:
+        return pq.read_table(file, schema=INDEX_SCHEMA)
+
+
+def verify_index(shards_dir: str | StoragePath, manifest: Manifest) -> list[str]:
     """Shards whose rows in the index are not those of their receipt; receipts that cannot be read are left out."""
-    path = Path(shards_dir) / INDEX_FILE
+    path = storage_path(shards_dir) / INDEX_FILE
     try:
-        index = pq.read_table(path, schema=INDEX_SCHEMA)
+        index = read_index(path)
     except (OSError, pa.ArrowException) as error:
         return [f"{INDEX_FILE}: {error}"]
     if index.num_rows != manifest.num_clips:
@@ -306,7 +320,7 @@ def verify_index(shards_dir: str | Path, manifest: Manifest) -> list[str]:
     return faults
 
 
-def require_whole(shards_dir: str | Path, manifest: Manifest, is_full: bool = True) -> None:
+def require_whole(shards_dir: str | StoragePath, manifest: Manifest, is_full: bool = True) -> None:
     """Raises ShardError, naming the files, when the set on disk differs from its manifest; see `verify_set`."""
     faults = verify_set(shards_dir, manifest, is_full)
     if faults:

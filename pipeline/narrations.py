@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.storage import StoragePath
 
 PASS_NAMES = ("narration_pass_1", "narration_pass_2")
 # Stands for any words, also none, inside a synonym: "turn ... clockwise".
@@ -79,7 +79,7 @@ class Taxonomy:
         }
 
 
-def read_taxonomy(path: Path) -> Taxonomy:
+def read_taxonomy(path: StoragePath) -> Taxonomy:
     """Reads taxonomy.json: {"verbs": [...], "nouns": [...], "reversed_verbs": [[0, 1], ...]} and synonyms.
 
     `verb_synonyms` and `noun_synonyms` are optional: {"pick up": ["lift", "take"], ...}; "..." in a synonym
@@ -113,7 +113,7 @@ def read_taxonomy(path: Path) -> Taxonomy:
     return Taxonomy(names["verbs"], names["nouns"], tuple((a, b) for a, b in pairs), **synonyms)
 
 
-def read_narrations(path: Path) -> list[NarratedVideo]:
+def read_narrations(path: StoragePath) -> list[NarratedVideo]:
     """Reads an Ego4D narration.json, videos in file order.
 
     Videos without any pass (redacted, or never narrated) come back with empty passes, so that the caller can
@@ -128,7 +128,7 @@ def read_narrations(path: Path) -> list[NarratedVideo]:
     return [_narrated_video(path, uid, entry) for uid, entry in videos.items()]
 
 
-def _narrated_video(path: Path, uid: str, entry: Any) -> NarratedVideo:
+def _narrated_video(path: StoragePath, uid: str, entry: Any) -> NarratedVideo:
     if not isinstance(entry, dict):
         raise DataError(f"{path}: video {uid} is {_brief(entry)}, expected an object with narration passes")
     passes = {}
@@ -155,7 +155,7 @@ def _narrated_video(path: Path, uid: str, entry: Any) -> NarratedVideo:
     return NarratedVideo(uid, None if duration is None else float(duration), passes)
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def _read_json(path: StoragePath, what: str) -> dict[str, Any]:
     if not path.exists():
         raise DataError(
             f"no {what} file at {path}; give the path of one, or run `svitt synth` to generate a world"

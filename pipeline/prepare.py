@@ -9,7 +9,6 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -31,6 +30,7 @@ from pipeline.shards import (
     find_intact,
     to_json_bytes,
 )
+from pipeline.storage import StoragePath
 from pipeline.text import clean_caption
 from pipeline.video import VideoTimeline, midpoint_times, probe, resolve_timeline
 
@@ -167,7 +167,7 @@ def build_decoder(name: Literal["pyav", "dali_gpu"]) -> FrameDecoder:
 
 
 def build_shard(
-    plan: ShardPlan, out_dir: str | Path, decoder: FrameDecoder | None = None, run_key: str = ""
+    plan: ShardPlan, out_dir: str | StoragePath, decoder: FrameDecoder | None = None, run_key: str = ""
 ) -> ShardReceipt:
     """Write one shard, or return the receipt of an undamaged one made from the same content.
 

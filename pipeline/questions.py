@@ -6,12 +6,12 @@ A question whose clips were not all stored is counted as unreadable and not list
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 from pipeline.egomcq import Question, probe_questions
 from pipeline.errors import ShardError
 from pipeline.shards import to_json_bytes
+from pipeline.storage import StoragePath, storage_path
 
 QUESTIONS_FORMAT = 1
 QUESTIONS_FILE = "questions.json"
@@ -79,9 +79,9 @@ def questions_to_bytes(question_set: McqSet) -> bytes:
     return to_json_bytes({"format": QUESTIONS_FORMAT, **asdict(question_set)})
 
 
-def read_questions(shards_dir: str | Path) -> McqSet:
+def read_questions(shards_dir: str | StoragePath) -> McqSet:
     """Read questions.json of a shard set. Raises ShardError when it is absent or of another format."""
-    path = Path(shards_dir) / QUESTIONS_FILE
+    path = storage_path(shards_dir) / QUESTIONS_FILE
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["format"] != QUESTIONS_FORMAT:

@@ -8,9 +8,7 @@ purpose: which clips go into which shard (`prepare`), and the set of shards (`ma
 import hashlib
 import itertools
 import json
-import os
 import tarfile
-import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +17,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.atomic import write_atomically
+from pipeline.atomic import partial_of, publish, write_atomically
 from pipeline.clip import ClipRecord
 from pipeline.errors import Reason, ShardError
+from pipeline.storage import StoragePath, make_folder, storage_path
 
 SHARD_FORMAT = 2
 _BLOCK_BYTES = 512
@@ -115,11 +114,11 @@ class ShardReceipt(BaseModel):
 class ShardWriter:
     """Writes one shard. Use as a context manager; leaving it without `finish` leaves nothing behind."""
 
-    def __init__(self, out_dir: str | Path, name: str) -> None:
+    def __init__(self, out_dir: str | StoragePath, name: str) -> None:
         self.name = name
-        self._out_dir = Path(out_dir)
-        self._out_dir.mkdir(parents=True, exist_ok=True)
-        self._partial = self._out_dir / f".{name}.tar.{uuid.uuid4().hex}.partial"
+        self._out_dir = storage_path(out_dir)
+        make_folder(self._out_dir)
+        self._partial: Path = partial_of(shard_paths(self._out_dir, name)[0])
         self._file = self._partial.open("wb")
         self._hash = hashlib.sha256()
         self._position = 0
@@ -179,9 +178,8 @@ class ShardWriter:
             end_bytes = 2 * _BLOCK_BYTES
             padding = -(self._position + end_bytes) % tarfile.RECORDSIZE
             self._write(bytes(end_bytes + padding))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._partial.replace(tar_path)
+            self._file.close()
+            publish(self._partial, tar_path)
         else:
             tar_path.unlink(missing_ok=True)
         receipt = ShardReceipt(
@@ -211,15 +209,16 @@ class ShardWriter:
         self._position += len(content)
 
 
-def shard_paths(out_dir: str | Path, name: str) -> tuple[Path, Path]:
+def shard_paths(out_dir: str | StoragePath, name: str) -> tuple[StoragePath, StoragePath]:
     """(tar, receipt) of a shard."""
-    return Path(out_dir) / f"{name}.tar", Path(out_dir) / f"{name}.json"
+    folder = storage_path(out_dir)
+    return folder / f"{name}.tar", folder / f"{name}.json"
 
 
-def read_receipt(path: str | Path) -> ShardReceipt:
+def read_receipt(path: str | StoragePath) -> ShardReceipt:
     """Read a receipt. Raises ShardError when it is absent, damaged, or of another format version."""
     try:
-        return ShardReceipt.model_validate_json(Path(path).read_bytes())
+        return ShardReceipt.model_validate_json(storage_path(path).read_bytes())
     except OSError as error:
         raise ShardError(f"read the receipt {path}: {error.strerror}; run prepare again") from error
     except ValidationError as error:
@@ -230,7 +229,7 @@ def read_receipt(path: str | Path) -> ShardReceipt:
         ) from error
 
 
-def find_intact(out_dir: str | Path, name: str, content_key: str) -> ShardReceipt | None:
+def find_intact(out_dir: str | StoragePath, name: str, content_key: str) -> ShardReceipt | None:
     """The receipt of a finished shard with this content key and an undamaged tar, else None."""
     tar_path, receipt_path = shard_paths(out_dir, name)
     try:
@@ -249,10 +248,10 @@ def find_intact(out_dir: str | Path, name: str, content_key: str) -> ShardReceip
     return receipt if is_intact else None
 
 
-def sha256_of_file(path: str | Path) -> str:
+def sha256_of_file(path: str | StoragePath) -> str:
     """Hexadecimal SHA-256 of a whole file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with storage_path(path).open("rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -10,31 +10,39 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, UInt8
 
 from pipeline.errors import ClipError, Reason, ShardError
-from pipeline.manifest import INDEX_FILE, INDEX_SCHEMA, Manifest, read_manifest, require_whole
+from pipeline.manifest import INDEX_FILE, Manifest, read_index, read_manifest, require_whole
 from pipeline.order import SceneIndex, build_scene_index
+from pipeline.shard_cache import ShardCache
 from pipeline.shards import shard_paths
+from pipeline.storage import StoragePath, is_url, storage_path
 
 _MAX_OPEN_FILES = 64
+DEFAULT_CACHE_GIB = 32.0
 
 
 class ClipStore:
     """A published shard set. Rows are numbered in shard order; reading is safe from several threads.
 
     Raises ShardError on opening when the manifest is absent, the index disagrees with it, or a shard is
-    missing or has another size. `verify` compares checksums as well.
+    missing or has another size. `verify` compares checksums as well. Shards behind a URL are read from local copies
+    (`ShardCache`) in `cache_dir`, a temporary folder by default, of at most `cache_gib`.
     """
 
-    def __init__(self, shards_dir: str | Path) -> None:
-        self.shards_dir = Path(shards_dir)
+    def __init__(
+        self,
+        shards_dir: str | StoragePath,
+        cache_dir: str | None = None,
+        cache_gib: float = DEFAULT_CACHE_GIB,
+    ) -> None:
+        self.shards_dir = storage_path(shards_dir)
+        self._cache = ShardCache(cache_dir, int(cache_gib * 2**30)) if is_url(self.shards_dir) else None
         self.manifest: Manifest = read_manifest(self.shards_dir)
         require_whole(self.shards_dir, self.manifest, is_full=False)
         table = _read_index(self.shards_dir, self.manifest)
@@ -71,6 +79,11 @@ class ClipStore:
     def shard_sizes(self) -> tuple[int, ...]:
         """Clips per shard, in row order."""
         return tuple(entry.num_clips for entry in self.manifest.shards)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched from a store before they are read."""
+        return self._cache is not None
 
     def clip_id(self, row: int) -> str:
         """Id of a clip."""
@@ -114,7 +127,7 @@ class ClipStore:
         try:
             with self._lock:
                 content = os.pread(self._file(int(self._shard[row])), size, offset)
-        except OSError as error:
+        except (OSError, ShardError) as error:
             raise ClipError(self.clip_id(row), Reason.DAMAGED_SHARD, f"read {where}: {error}") from error
         if len(content) != size:
             detail = f"read {where}: {len(content)} bytes of {size}, the file is cut. Run prepare again"
@@ -123,6 +136,12 @@ class ClipStore:
             detail = f"read {where}: checksum differs from the index; the shard changed. Run prepare again"
             raise ClipError(self.clip_id(row), Reason.DAMAGED_SHARD, detail)
         return np.frombuffer(content, dtype=np.uint8)
+
+    def fetch_ahead(self, rows: Int64[np.ndarray, " n"]) -> None:
+        """Begins to fetch the shards of rows that will be read from a remote store."""
+        assert self._cache is not None
+        entries = [self.manifest.shards[shard] for shard in np.unique(self._shard[rows])]
+        self._cache.fetch_ahead(self.shards_dir, entries)
 
     def verify(self) -> None:
         """Compare every byte with the checksums. Raises ShardError listing the files that differ."""
@@ -141,15 +160,17 @@ class ClipStore:
             return self._files[shard]
         if len(self._files) >= _MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        path, _receipt = shard_paths(self.shards_dir, self.manifest.shards[shard].name)
-        self._files[shard] = os.open(path, os.O_RDONLY)
+        entry = self.manifest.shards[shard]
+        tar_path, _receipt = shard_paths(self.shards_dir, entry.name)
+        path = tar_path if self._cache is None else self._cache.path(self.shards_dir, entry)
+        self._files[shard] = os.open(str(path), os.O_RDONLY)
         return self._files[shard]
 
 
-def _read_index(shards_dir: Path, manifest: Manifest) -> pa.Table:
+def _read_index(shards_dir: StoragePath, manifest: Manifest) -> pa.Table:
     path = shards_dir / INDEX_FILE
     try:
-        table = pq.read_table(path, schema=INDEX_SCHEMA)
+        table = read_index(path)
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"read {path}: {error}; run prepare again: it rewrites the index") from error
     shard = table["shard"].to_numpy()

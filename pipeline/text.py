@@ -7,7 +7,6 @@ folder works in place of one made here. Left out on purpose: downloading anythin
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 
 import numpy as np
@@ -21,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.storage import StoragePath, storage_path
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WEARER_TAG = re.compile(r"#\s*C\s+C\b", re.IGNORECASE)
@@ -78,8 +78,8 @@ class CaptionTokenizer:
     Longer captions are cut at the end; `num_truncated` counts them, so that nothing is lost without a number.
     """
 
-    def __init__(self, vocab_path: str | Path, max_length: int) -> None:
-        tokens = _read_vocabulary(Path(vocab_path))
+    def __init__(self, vocab_path: str | StoragePath, max_length: int) -> None:
+        tokens = _read_vocabulary(storage_path(vocab_path))
         if max_length < 2:
             raise DataError(f"max_length is {max_length}; expected at least 2: [CLS] and one word")
         self.max_length = max_length
@@ -107,7 +107,7 @@ class CaptionTokenizer:
         return torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
 
 
-def _read_vocabulary(path: Path) -> dict[str, int]:
+def _read_vocabulary(path: StoragePath) -> dict[str, int]:
     if not path.is_file():
         raise DataError(
             f"read the vocabulary {path}: no such file; expected BERT's vocab.txt or the one prepare writes"

@@ -18,6 +18,7 @@ import av.error
 from pipeline.config import VideoLayout
 from pipeline.errors import Reason, VideoError
 from pipeline.layout import layout_of, locate_files
+from pipeline.storage import StoragePath, storage_path
 
 # Header caps: larger values are broken or hostile files, not egocentric recordings.
 MAX_PIXELS = 8192 * 4320
@@ -79,7 +80,9 @@ class VideoHeader:
     is_cut_short: bool
 
 
-def resolve_timeline(videos_dir: str | Path, video_uid: str, layout: str | VideoLayout) -> VideoTimeline:
+def resolve_timeline(
+    videos_dir: str | StoragePath, video_uid: str, layout: str | VideoLayout
+) -> VideoTimeline:
     """Find the files of one video. Opens no decoder; reads the first and last 64 KiB for the identity.
 
     Raises VideoError with the reason, as `locate_files`, and for an empty file.
@@ -89,36 +92,40 @@ def resolve_timeline(videos_dir: str | Path, video_uid: str, layout: str | Video
     return VideoTimeline(video_uid, layout_of(layout).chunk_s, chunks)
 
 
-def _chunk(path: Path, start_s: float, video_uid: str) -> Chunk:
+def _chunk(path: StoragePath, start_s: float, video_uid: str) -> Chunk:
     size_bytes = path.stat().st_size
     if size_bytes == 0:
         raise VideoError(video_uid, Reason.EMPTY_VIDEO, f"{path} has 0 bytes")
     return Chunk(str(path), start_s, size_bytes, file_identity(path))
 
 
-def file_identity(path: str | Path) -> str:
+def file_identity(path: str | StoragePath) -> str:
     """Digest of size, first and last 64 KiB: notices a replaced file without reading terabytes."""
-    size_bytes = Path(path).stat().st_size
+    path = storage_path(path)
+    size_bytes = path.stat().st_size
     digest = hashlib.sha256(str(size_bytes).encode())
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         digest.update(file.read(_IDENTITY_BYTES))
         file.seek(max(_IDENTITY_BYTES, size_bytes - _IDENTITY_BYTES))
         digest.update(file.read(_IDENTITY_BYTES))
     return digest.hexdigest()
 
 
-def open_video(path: str | Path, video_uid: str) -> av.container.InputContainer:
-    """Open one file with whitelisted demuxers and local files only, and hold its header against the caps.
+def open_video(path: str | StoragePath, video_uid: str) -> av.container.InputContainer:
+    """Open one file with whitelisted demuxers, which open no further file, and hold its header against the caps.
 
     Raises VideoError: missing, empty, not a video, truncated, no video stream, unsupported codec, over a cap.
     """
-    path = Path(path)
+    path = storage_path(path)
     if not path.is_file():
         raise VideoError(video_uid, Reason.MISSING_VIDEO, f"no file {path}")
     if path.stat().st_size == 0:
         raise VideoError(video_uid, Reason.EMPTY_VIDEO, f"{path} has 0 bytes")
     try:
-        container = av.open(str(path), mode="r", options=dict(_OPEN_OPTIONS))
+        # A file of a store is read in pieces, as far as decoding goes. What the network does wrong stays an OSError and
+        # is not taken for damage of the video.
+        source = str(path) if isinstance(path, Path) else path.open("rb")
+        container = av.open(source, mode="r", options=dict(_OPEN_OPTIONS))
     except (av.error.FFmpegError, ValueError, UnicodeError) as error:
         raise VideoError(video_uid, *_why_not_opened(path, error)) from error
     try:
@@ -129,10 +136,10 @@ def open_video(path: str | Path, video_uid: str) -> av.container.InputContainer:
     return container
 
 
-def _why_not_opened(path: Path, error: Exception) -> tuple[Reason, str]:
+def _why_not_opened(path: StoragePath, error: Exception) -> tuple[Reason, str]:
     # The whole text of FFmpeg's errors repeats the path behind an opaque number.
     what = error.strerror if isinstance(error, av.error.FFmpegError) else error
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(16)
     is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
     is_matroska = head[:4] == b"\x1a\x45\xdf\xa3"
@@ -142,7 +149,7 @@ def _why_not_opened(path: Path, error: Exception) -> tuple[Reason, str]:
     return Reason.NOT_A_VIDEO, f"{path} begins with {head[:8]!r}: neither mp4 nor matroska: {what}"
 
 
-def _check_header(container: av.container.InputContainer, path: Path, video_uid: str) -> None:
+def _check_header(container: av.container.InputContainer, path: StoragePath, video_uid: str) -> None:
     if len(container.streams) > MAX_STREAMS:
         detail = f"{path} has {len(container.streams)} streams; at most {MAX_STREAMS} are accepted"
         raise VideoError(video_uid, Reason.OVER_LIMIT, detail)
@@ -197,7 +204,7 @@ def header_of(container: av.container.InputContainer) -> VideoHeader:
     return VideoHeader(context.name, context.height, context.width, duration_s, frame_s, is_cut_short)
 
 
-def probe(path: str | Path, video_uid: str) -> VideoHeader:
+def probe(path: str | StoragePath, video_uid: str) -> VideoHeader:
     """Read the header of one file. Raises VideoError as `open_video`."""
     with open_video(path, video_uid) as container:
         return header_of(container)
