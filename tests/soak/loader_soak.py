@@ -1,16 +1,19 @@
 """The loader under fire for as long as you like: `python -m tests.soak.loader_soak --minutes 10`.
 
-Ranks die and go on from the cursor, at random steps and on other world sizes; bytes of shards are flipped and
-healed; the disk stalls now and then. Prints what was met, and ends with 1 when anything was off.
+Loaders are closed and go on from the cursor, at random steps and on other world sizes; ranks in processes of their own
+are killed; bytes of shards are flipped and healed; the disk stalls now and then. Prints what was met, and ends with 1
+when anything was off.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -26,6 +29,7 @@ from tests.pipeline.stored_clips import NUM_FRAMES, write_set
 
 SEED, GLOBAL_BATCH, NUM_CLIPS, CLIPS_PER_SHARD = 1, 8, 25, 7
 STEPS_PER_LIFE, DAMAGE_SHARE, STALL_SHARE, STALL_S = 60, 0.3, 0.001, 0.2
+KILL_EVERY_S, HANG_S = 20.0, 60.0
 # The last minute may use a tenth more memory than the first one, or in short runs the last third.
 MAX_GROWTH = 1.1
 
@@ -46,7 +50,11 @@ class Soak:
 
     def run(self) -> None:
         """Lives of the loader, one after the other, each begun at the cursor."""
+        killed_at = self.started
         while time.monotonic() - self.started < 60 * self.minutes:
+            if time.monotonic() - killed_at > KILL_EVERY_S:
+                self.live_until_killed()
+                killed_at = time.monotonic()
             if self.draw.random() < DAMAGE_SHARE:
                 self.live_with_damage()
             self.live(self.draw.randrange(1, STEPS_PER_LIFE))
@@ -63,7 +71,7 @@ class Soak:
         try:
             for _ in range(num_steps):
                 began = time.monotonic()
-                self.check([next(rank) for rank in ranks])
+                self.check([(step, batch.index_B.tolist()) for step, batch in map(next, ranks)])
                 self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
         except ClipError as error:
             return error
@@ -72,12 +80,45 @@ class Soak:
                 rank.close()
         return None
 
-    def check(self, parts: list) -> None:
+    def live_until_killed(self) -> None:
+        """Two ranks in processes; one is killed at a random step, and a step that one of them missed is not counted."""
+        spawn = multiprocessing.get_context("spawn")
+        ranks = []
+        for rank in range(2):
+            here, there = spawn.Pipe()
+            settings = (str(self.store.shards_dir), rank, 2, self.cursor, there)
+            process = spawn.Process(target=serve_rank, args=settings, daemon=True)
+            process.start()
+            there.close()
+            ranks.append((process, here))
+        last = self.draw.randrange(1, STEPS_PER_LIFE)
+        try:
+            for number in range(last + 1):
+                if number == last:
+                    self.draw.choice(ranks)[0].kill()
+                    self.counts["ranks killed"] += 1
+                parts = []
+                for _process, here in ranks:
+                    here.send("next")
+                    if not here.poll(HANG_S):
+                        self.problems.append(f"step {self.cursor}: no answer for {HANG_S} s")
+                        return
+                    parts.append(here.recv())
+                self.check(parts)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+        finally:
+            for process, here in ranks:
+                here.close()
+                process.kill()
+                process.join()
+
+    def check(self, parts: list[tuple[int, list[int]]]) -> None:
         """The ranks together must have brought the rows of the pure order function, at the step that is due."""
         due = Counter(batch_ids(SEED, self.cursor, self.store.shard_sizes, GLOBAL_BATCH).tolist())
-        brought = Counter(row for _step, batch in parts for row in batch.index_B.tolist())
-        if {step for step, _batch in parts} != {self.cursor}:
-            self.problems.append(f"step {self.cursor}: brought {[step for step, _batch in parts]}")
+        brought = Counter(row for _step, rows in parts for row in rows)
+        if {step for step, _rows in parts} != {self.cursor}:
+            self.problems.append(f"step {self.cursor}: brought {[step for step, _rows in parts]}")
         self.counts["lost"] += (due - brought).total()
         self.counts["doubled"] += (brought - due).total()
         self.cursor += 1
@@ -114,7 +155,9 @@ class Soak:
         for name in ("lost", "doubled"):
             if self.counts[name]:
                 self.problems.append(f"{name} samples")
-        print(f"steps {self.cursor}, restarts {self.counts['restarts']}")
+        print(
+            f"steps {self.cursor}, restarts {self.counts['restarts']}, ranks killed {self.counts['ranks killed']}"
+        )
         print(f"faults injected {self.counts['faults injected']}, met {self.counts['faults met']}")
         print(f"disk stalls {self.counts['stalls']} of {STALL_S} s")
         print(f"samples lost {self.counts['lost']}, doubled {self.counts['doubled']}")
@@ -122,6 +165,16 @@ class Soak:
         print(f"largest resident MiB every {window_s:.0f} s: {[round(used) for used in resident_mib]}")
         print(f"problems: {self.problems[:10] or 'none'}")
         return not self.problems
+
+
+def serve_rank(set_dir: str, rank: int, world_size: int, cursor: int, asks: Connection) -> None:
+    """One rank in its own process: a step and its rows for every message."""
+    config = LoaderConfig(image_size=32, text_length=8)
+    store, tokenizer = ClipStore(set_dir), CaptionTokenizer(Path(set_dir) / "vocab.txt", 8)
+    loader = BatchLoader(store, tokenizer, config, NUM_FRAMES, SEED, GLOBAL_BATCH, rank, world_size)
+    for step, batch in loader.batches_from(cursor):
+        asks.recv()
+        asks.send((step, batch.index_B.tolist()))
 
 
 def flip(path: Path, at: int) -> None:
@@ -147,6 +200,7 @@ def stall_reads(soak: Soak) -> None:
 
 
 def main() -> int:
+    """Runs and reports; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0, help="decides the faults, not the order of samples")

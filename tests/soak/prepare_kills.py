@@ -64,6 +64,7 @@ def hashes(shards: Path) -> dict[str, str]:
 
 
 def main() -> int:
+    """Runs and reports; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where the three sets go; keeps them")
