@@ -110,7 +110,7 @@ def describe(recipe: Recipe, store: ClipStore, clips: Sequence[VideoClip]) -> di
         "codecs": sorted({header.codec for header in headers}),
         "video_short_side": asdict(Spread.of([min(header.height, header.width) for header in headers])),
         "video_fps": asdict(Spread.of([1 / header.frame_s for header in headers])),
-        "layout": recipe.prepare.layout,
+        "layout": recipe.prepare.model_dump(mode="json")["layout"],
         "stored_frames_per_clip": store.num_frames,
         "stored_short_side": int(min(store.height.min(), store.width.min())),
         "crop_scale": list(recipe.loader.crop_scale),

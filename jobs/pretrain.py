@@ -18,6 +18,7 @@ from infra.engine import Engine, build_engine
 from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import Ledger
 from infra.runtime import peak_device_bytes, peak_rss_bytes
+from jobs.damaged_steps import DamagedSteps
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
 from jobs.ranks import ProcessGroupRanks, Ranks
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
@@ -166,7 +167,16 @@ def train(
 
     step_seed = derive_seed(context.recipe.seed, "step", context.number)
     train_step = TrainStep(engine, step_seed, context.ranks.rank, pace.learning_rate_at)
-    hooks = Hooks(train_step, reporter(context, tracker), save, context.run.stop_file.exists, time.monotonic)
+    hooks = Hooks(
+        train_step=train_step,
+        leave_out=DamagedSteps(
+            context.ledger, context.number, context.recipe.loader.max_damaged_steps, context.ranks, tracker
+        ),
+        report=reporter(context, tracker),
+        save=save,
+        stop_requested=context.run.stop_file.exists,
+        clock=time.monotonic,
+    )
     batches = build_loader(context, store).batches_from(first_step)
     return fit(batches, first_step, pace, hooks, context.ranks) == pace.num_steps
 

@@ -16,6 +16,10 @@ class Ranks(Protocol):
 
     def max(self, values: list[float]) -> list[float]: ...
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        ...
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks in rank order, on every rank."""
         ...
@@ -33,6 +37,9 @@ class SingleRank:
 
     def max(self, values: list[float]) -> list[float]:
         return values
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -53,6 +60,9 @@ class ProcessGroupRanks:
 
     def max(self, values: list[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        return self.max([float(flag)])[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size

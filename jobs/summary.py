@@ -1,20 +1,23 @@
 """A run in words and as a table, from its ledger and journals."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from infra.journal import valid_records
-from infra.ledger import Ledger
+from infra.ledger import Ledger, StageState
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
 from jobs.run_dir import RunDir
 from pipeline.errors import ShardError
 from pipeline.manifest import read_manifest
+from pipeline.storage import storage_path
 
 INTER, INTRA = "eval/egomcq/inter_video", "eval/egomcq/intra_video"
 PROBE_ORDERED, PROBE_SHUFFLED = "eval/temporal_probe/ordered", "eval/temporal_probe/shuffled"
+
+# Fact of a stage in the ledger.
+DAMAGED_STEPS = "damaged_steps"
 
 
 def describe_stage(recipe: Recipe, stage: StageConfig) -> str:
@@ -31,6 +34,11 @@ def describe_stage(recipe: Recipe, stage: StageConfig) -> str:
         f"{stage.num_frames} frames, keep rate {stage.keep_rate}: {tokens[0]} tokens a clip in, {tokens[-1]} out; "
         f"{edges}; {stage.global_batch_size} clips a step{companions}"
     )
+
+
+def damaged_steps(state: StageState) -> Mapping[str, Sequence[str]]:
+    """Steps of a stage that were left out for a damaged clip -> what was found, as the ledger has it."""
+    return state.facts.get(DAMAGED_STEPS, {})
 
 
 def describe_scores(scores: Mapping[str, float]) -> str:
@@ -76,7 +84,7 @@ def planned_steps(recipe: Recipe, stage: StageConfig, facts: Mapping[str, Any]) 
     if "num_steps" in facts or stage.num_steps is not None:
         return facts.get("num_steps", stage.num_steps)
     try:
-        manifest = read_manifest(Path(recipe.data.shards) / "train")
+        manifest = read_manifest(storage_path(recipe.data.shards) / "train")
     except ShardError:
         return None
     return num_stage_steps(stage, manifest.num_clips)
@@ -102,6 +110,7 @@ def _stage_cells(run: RunDir, recipe: Recipe, stage: StageConfig, number: int) -
         "clips/s": f"{rates:.0f}" if rates else "-",
         "peak memory a rank": f"{peak_gib:.2f} GiB" if peak_gib else "-",
         "attempts": str(state.attempts),
+        **({"steps left out": str(len(damaged))} if (damaged := damaged_steps(state)) else {}),
     }
 
 

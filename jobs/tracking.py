@@ -14,6 +14,7 @@ from infra.runtime import provenance
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
 from pipeline.manifest import read_manifest
+from pipeline.storage import storage_path
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class RunTracking:
         }
 
     def _fingerprint(self) -> str:
-        return read_manifest(Path(self._recipe.data.shards) / "train").fingerprint
+        return read_manifest(storage_path(self._recipe.data.shards) / "train").fingerprint
 
 
 def fact_name(number: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from jobs.ranks import Ranks
+from pipeline.errors import ClipError
 from pipeline.loader import Batch
 
 
@@ -45,9 +46,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls. `save(step)` is collective; `stop_requested` is asked on every rank, any yes counts."""
+    """What the loop calls. `save(step)` is collective; `stop_requested` is asked on every rank, any yes counts.
+
+    `leave_out(step, error)` is collective too: a rank met a damaged clip at this step, `error` on that rank, None on
+    the others.
+    """
 
     train_step: Callable[[int, Batch], Tensor]
+    leave_out: Callable[[int, ClipError | None], None]
     report: Callable[[Interval], None]
     save: Callable[[int], None]
     stop_requested: Callable[[], bool]
@@ -90,11 +96,18 @@ class _Meter:
         )
 
 
-def fit(batches: Iterator[tuple[int, Batch]], start_step: int, pace: Pace, hooks: Hooks, ranks: Ranks) -> int:
+def fit(
+    batches: Iterator[tuple[int, Batch | ClipError]],
+    start_step: int,
+    pace: Pace,
+    hooks: Hooks,
+    ranks: Ranks,
+) -> int:
     """Trains from `start_step` to the last step, or until stopped. Returns the number of finished steps.
 
-    The state after the last finished step is always saved. Raises TrainingError when a loss is no longer finite;
-    that is found before the next save, so the newest checkpoint is from before it.
+    A step of which a rank has no whole batch is left out on all of them. The state after the last finished step is
+    always saved. Raises TrainingError when a loss is no longer finite; that is found before the next save, so the
+    newest checkpoint is from before it.
     """
     finished, saved = start_step, start_step
     meter = _Meter()
@@ -104,26 +117,35 @@ def fit(batches: Iterator[tuple[int, Batch]], start_step: int, pace: Pace, hooks
         if step != finished:
             raise TrainingError(f"the loader handed out step {step}, the loop is at step {finished}")
         began_s = hooks.clock()
-        metrics = hooks.train_step(step, batch)
-        meter.add(metrics, busy_s=hooks.clock() - began_s, wait_s=began_s - asked_s)
+        if ranks.any(isinstance(batch, ClipError)):
+            hooks.leave_out(step, batch if isinstance(batch, ClipError) else None)
+        else:
+            assert isinstance(batch, Batch), "no rank has an error"
+            metrics = hooks.train_step(step, batch)
+            meter.add(metrics, busy_s=hooks.clock() - began_s, wait_s=began_s - asked_s)
         finished += 1
 
         save_due = finished % pace.save_every_steps == 0
         if not (save_due or finished % pace.log_every_steps == 0 or finished == pace.num_steps):
             continue
-        interval = meter.reduce(finished, pace, ranks)
-        meter = _Meter()
-        if not math.isfinite(interval.metrics.loss):
-            raise TrainingError(
-                f"the loss is {interval.metrics.loss} between step {interval.step} and the report before it "
-                f"(terms: {interval.metrics}). Last saved step: {saved}. Lower the learning rate, set "
-                f"engine.gradient_clipping, or look at the clips of these steps."
-            )
-        hooks.report(interval)
-        stopping = ranks.max([float(hooks.stop_requested())])[0] > 0
+        if meter.steps:
+            interval = meter.reduce(finished, pace, ranks)
+            meter = _Meter()
+            _require_finite(interval, saved)
+            hooks.report(interval)
+        stopping = ranks.any(hooks.stop_requested())
         if save_due or stopping or finished == pace.num_steps:
             hooks.save(finished)
             saved = finished
         if stopping:
             break
     return finished
+
+
+def _require_finite(interval: Interval, saved: int) -> None:
+    if not math.isfinite(interval.metrics.loss):
+        raise TrainingError(
+            f"the loss is {interval.metrics.loss} between step {interval.step} and the report before it "
+            f"(terms: {interval.metrics}). Last saved step: {saved}. Lower the learning rate, set "
+            f"engine.gradient_clipping, or look at the clips of these steps."
+        )

@@ -128,6 +128,11 @@ class LoaderConfig(BaseModel):
         default=(3 / 4, 4 / 3), description="width / height of a crop, relative to the frame's own"
     )
     text_length: int = Field(default=32, ge=4, description="tokens per caption, [CLS] and padding included")
+    max_damaged_steps: int = Field(
+        default=8,
+        ge=0,
+        description="steps of a stage that may be left out because a clip of theirs turns out damaged; one more stops",
+    )
     prefetch_batches: int = Field(default=2, ge=1, description="batches decoded ahead of the training step")
     num_threads: int = Field(default=1, ge=1, description="decoding threads per rank")
     shuffle_window_shards: int = Field(

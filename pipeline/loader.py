@@ -2,7 +2,7 @@
 training step.
 
 A batch is a function of (seed, step, rank share) only. uint8 leaves this module; normalising belongs to the
-model's device. A damaged clip raises `ClipError` in the consumer; it is not skipped here.
+model's device. A damaged clip is never replaced: its `ClipError` comes in the place of the batch.
 """
 
 import queue
@@ -216,10 +216,13 @@ class BatchLoader:
         epoch = self._order.epoch_of(step)
         return [self._view(int(row), epoch) for row in rows]
 
-    def batches_from(self, step: int) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from `step` on without end, decoded ahead in a thread; close it to end it."""
+    def batches_from(self, step: int) -> Iterator[tuple[int, Batch | ClipError]]:
+        """(step, batch) from `step` on without end, decoded ahead in a thread; close it to end it.
 
-        def produce() -> Iterator[tuple[int, Batch]]:
+        A step that shows a damaged clip has its error instead of a batch, and the next step follows as ever.
+        """
+
+        def produce() -> Iterator[tuple[int, Batch | ClipError]]:
             pipeline = FramePipeline(
                 self._local_batch_size,
                 self._num_frames,
@@ -230,7 +233,11 @@ class BatchLoader:
             fetch_ahead = self._fetching_ahead(step)
             for now in count(step):
                 next(fetch_ahead)
-                yield now, collate(self._store, self.views(now), self._tokenizer, pipeline)
+                try:
+                    batch = collate(self._store, self.views(now), self._tokenizer, pipeline)
+                except ClipError as error:
+                    batch = error
+                yield now, batch
 
         return prefetch(produce, self._config.prefetch_batches)
 

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from jobs.ranks import SingleRank
 from jobs.train_loop import Hooks, Interval, Pace, TrainingError, fit
+from pipeline.errors import ClipError, Reason
 from pipeline.loader import Batch
 
-BATCH = cast(Batch, None)  # the loop hands it on unseen
+BATCH = Batch.__new__(Batch)  # the loop hands it on unseen
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Recorder:
     intervals: list[Interval] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     batches_taken: int = 0
+    damaged: dict[int, ClipError] = field(default_factory=dict)
+    left_out: list[tuple[int, ClipError | None]] = field(default_factory=list)
 
-    def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
+    def batches(self, first: int) -> Iterator[tuple[int, Batch | ClipError]]:
         while True:
             self.now_s += 1
             self.batches_taken += 1
-            yield first, BATCH
+            yield first, self.damaged.get(first, BATCH)
             first += 1
 
     def train_step(self, step: int, batch: Batch) -> Tensor:
@@ -44,6 +47,7 @@ class Recorder:
     def hooks(self) -> Hooks:
         return Hooks(
             train_step=self.train_step,
+            leave_out=lambda step, error: self.left_out.append((step, error)),
             report=self.intervals.append,
             save=self.saved.append,
             stop_requested=lambda: self.stop_at is not None and len(self.steps) >= self.stop_at,
@@ -67,11 +71,15 @@ class FirstOfTwoRanks(SingleRank):
         return [value + 4 for value in values]
 
 
-class OtherRankStops(SingleRank):
-    """A rank that has seen the stop request while this one has not."""
+class OtherRankSays(SingleRank):
+    """Another rank says yes to one question, counted from 1, to which this one says no."""
 
-    def max(self, values: list[float]) -> list[float]:
-        return [1.0] if values == [0.0] else values
+    def __init__(self, number: int) -> None:
+        self.number, self.asked = number, 0
+
+    def any(self, flag: bool) -> bool:
+        self.asked += 1
+        return flag or self.asked == self.number
 
 
 def test_an_interval_holds_the_means_of_its_steps() -> None:
@@ -138,7 +146,8 @@ def test_a_stop_request_saves_at_the_next_report_and_leaves() -> None:
 
 def test_a_stop_request_seen_by_another_rank_counts() -> None:
     seen = Recorder()
-    assert fit(seen.batches(0), 0, pace(num_steps=100), seen.hooks(), OtherRankStops()) == 2
+    # Asked after each of two steps about their batches, then about a stop.
+    assert fit(seen.batches(0), 0, pace(num_steps=100), seen.hooks(), OtherRankSays(3)) == 2
     assert seen.saved == [2]
 
 
@@ -182,6 +191,29 @@ def test_metrics_of_a_step_may_be_overwritten_by_the_next_one() -> None:
     def step_in_place(step: int, batch: Any) -> Tensor:
         return shared.fill_(float(step))
 
-    hooks = Hooks(step_in_place, seen.intervals.append, seen.saved.append, lambda: False, lambda: seen.now_s)
+    hooks = replace(seen.hooks(), train_step=step_in_place)
     fit(seen.batches(0), 0, pace(num_steps=2), hooks, SingleRank())
     assert seen.intervals[0].metrics.loss == 0.5
+
+
+def test_a_step_with_a_damaged_clip_is_left_out_and_the_next_ones_are_as_ever() -> None:
+    error = ClipError("clip", Reason.DAMAGED_SHARD, "checksum differs")
+    seen = Recorder(damaged={2: error})
+    assert fit(seen.batches(0), 0, pace(5, 5, 5), seen.hooks(), SingleRank()) == 5
+    assert seen.left_out == [(2, error)]
+    assert seen.steps == [0, 1, 3, 4]
+    # Losses are the numbers of the steps: the mean is over the four that were made.
+    assert seen.intervals[0].metrics.loss == 2.0
+
+
+def test_a_damaged_clip_of_another_rank_leaves_the_step_out_here_too() -> None:
+    seen = Recorder()
+    assert fit(seen.batches(0), 0, pace(num_steps=3, log_every_steps=5), seen.hooks(), OtherRankSays(2)) == 3
+    assert (seen.steps, seen.left_out) == ([0, 2], [(1, None)])
+
+
+def test_an_interval_of_left_out_steps_reports_nothing_and_is_saved() -> None:
+    error = ClipError("clip", Reason.DAMAGED_SHARD, "checksum differs")
+    seen = Recorder(damaged={0: error, 1: error})
+    fit(seen.batches(0), 0, pace(num_steps=2, log_every_steps=2), seen.hooks(), SingleRank())
+    assert (seen.steps, seen.intervals, seen.saved) == ([], [], [2])

@@ -71,10 +71,11 @@ class Soak:
         try:
             for _ in range(num_steps):
                 began = time.monotonic()
-                self.check([(step, batch.index_B.tolist()) for step, batch in map(next, ranks)])
+                parts = [next(rank) for rank in ranks]
+                if errors := [found for _step, found in parts if isinstance(found, ClipError)]:
+                    return errors[0]
+                self.check([(step, batch.index_B.tolist()) for step, batch in parts])
                 self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
-        except ClipError as error:
-            return error
         finally:
             for rank in ranks:
                 rank.close()
