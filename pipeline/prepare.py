@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.clip import ClipRecord
 from pipeline.clip_table import ClipTable
 from pipeline.config import PrepareConfig, VideoLayout
-from pipeline.crash_log import CrashLog
+from pipeline.crash_log import MAX_CRASHES, CrashLog
 from pipeline.decode import PyAvDecoder
 from pipeline.decode_dali import DaliGpuDecoder
 from pipeline.errors import DataError, Reason, VideoError
@@ -35,7 +35,6 @@ from pipeline.text import clean_caption
 from pipeline.video import VideoTimeline, midpoint_times, probe, resolve_timeline
 
 RESIZE_BATCH = 16
-MAX_CRASHES = 2
 
 
 @dataclass(frozen=True, slots=True, repr=False)

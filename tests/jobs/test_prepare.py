@@ -10,17 +10,20 @@ from rich.console import Console
 from video_files import write_video
 
 from jobs.data import verify
-from jobs.prepare import run_prepare, serial_mapper
+from jobs.prepare import run_prepare
 from jobs.prepare_plan import plan_lines
+from jobs.prepare_videos import describe_videos
+from jobs.prepare_work import serial_mapper
 from jobs.progress import ProgressReport
 from jobs.recipe import load_recipe
 from jobs.submit import require_shards
 from pipeline.config import PrepareConfig
 from pipeline.egoclip import EgoClipRow, write_egoclip
-from pipeline.errors import DataError, ShardError, TooManyRejectedError
+from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError
 from pipeline.manifest import read_manifest
 from pipeline.questions import read_questions
 from pipeline.store import ClipStore
+from pipeline.video_manifest import VideoFileFacts, read_videos
 
 CONFIG = PrepareConfig(num_frames=2, short_side=48, clips_per_shard=3, max_rejected_share=0.0)
 # Six videos of 6 s, train: a. Held out: p, q, r, s, t.
@@ -71,7 +74,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, **changes):
+def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, progress=None, **changes):
     paths = {
         "egoclip": world / "egoclip.csv",
         "egomcq_json": world / "egomcq.json",
@@ -79,7 +82,7 @@ def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, **changes):
         "taxonomy": world / "taxonomy.json",
         **changes,
     }
-    progress = ProgressReport(Console(quiet=True))
+    progress = progress or ProgressReport(Console(quiet=True))
     return run_prepare(out_dir=out_dir, config=config, mapper=mapper, progress=progress, **paths)
 
 
@@ -172,6 +175,70 @@ def test_a_run_that_dies_in_the_middle_leaves_no_manifest_and_is_continued(world
     assert not (tmp_path / "killed" / "train" / "manifest.json").exists()
     prepare(world, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+
+
+def test_a_table_of_the_videos_is_written_before_any_shard_and_what_it_holds_is_said(
+    world, tmp_path, report_lines
+):
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, [row(0, "a", 0.0), row(1, "gone", 0.0), row(2, "b", 0.0), row(3, "c", 0.0)])
+    videos = tmp_path / "videos"
+    write_video(videos / "a.mp4", num_frames=180)
+    write_video(videos / "b.mp4", num_frames=50, fps=25)
+    (videos / "c.mp4").write_bytes(b"no video")
+    report, said = report_lines
+    out_dir = tmp_path / "out" / "train"
+    seen = []
+
+    def looks(fn, items):
+        seen.append([path.name for path in sorted(out_dir.iterdir())])
+        return serial_mapper(fn, items)
+
+    changes = {"videos_dir": videos, "egoclip": tsv, "egomcq_json": None, "progress": report}
+    config = CONFIG.model_copy(update={"max_rejected_share": 0.5})
+    result = prepare(world, tmp_path / "out", config, looks, **changes)
+    assert seen == [[], ["videos.parquet"]]
+    assert result.train.rejected_by_reason == {"missing_video": 1, "not_a_video": 1}
+    # 6 s and 2 s are 0.002 hours.
+    expected = (
+        "train: 2 videos, 0.0 hours, h264 2; 30 fps 1, 25 fps 1; 2 unusable (not_a_video 1, missing_video 1)"
+    )
+    assert said().count(expected) == 1
+    files = read_videos(out_dir)
+    assert [(facts.video_uid, facts.path, facts.num_frames, facts.reason) for facts in files] == [
+        ("a", "a.mp4", 180, None),
+        ("b", "b.mp4", 50, None),
+        ("c", "c.mp4", None, Reason.NOT_A_VIDEO),
+        ("gone", None, None, Reason.MISSING_VIDEO),
+    ]
+    before = contents(out_dir)
+    assert prepare(world, tmp_path / "out", config, **changes) == result
+    assert contents(out_dir) == before
+
+
+def test_facts_of_videos_are_summed_up_in_a_line():
+    def files(number, **facts):
+        return [
+            VideoFileFacts(f"v{k}", f"{k}.mp4", duration_s=1800.0, codec="h264", **facts)
+            for k in range(number)
+        ]
+
+    # 19 files of half an hour of 7 videos: v0 has a file of each kind.
+    found = [
+        *files(7, fps=30000 / 1001, is_rate_varying=False),
+        *files(4, fps=28.3, is_rate_varying=True),
+        *files(3, fps=25.0, is_rate_varying=False, is_cut_short=True),
+        *files(2, fps=60.0),
+        *files(2, fps=24.0),
+        *files(1),
+    ]
+    assert describe_videos(found) == (
+        "7 videos in 19 files, 9.5 hours, h264 19; 29.97 fps 7, varying rate 4, 25 fps 3, 60 fps 2, other rates 3; "
+        "3 cut short"
+    )
+    assert describe_videos([VideoFileFacts("v", reason=Reason.MISSING_VIDEO)]) == (
+        "0 videos, 0.0 hours; 1 unusable (missing_video 1)"
+    )
 
 
 def test_fewer_clips_leave_no_stale_shard_behind(world, tmp_path):
