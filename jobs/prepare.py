@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.prepare_size import find_clips_per_shard
 from jobs.prepare_videos import probe_videos
 from jobs.prepare_work import Mapper, SetWork
 from jobs.progress import ProgressReport
@@ -185,7 +186,8 @@ def _build_shards(work: SetWork, clips: ClipTable) -> list[ShardSummary]:
     out_dir, run_key = work.out_dir, uuid.uuid4().hex[:8]
     make_folder(out_dir)
     timelines = probe_videos(work, clips.video_uids)
-    plans = plan_shards(clips, timelines, work.config)
+    ordered = clips.in_order()
+    plans = plan_shards(ordered, timelines, work.config, find_clips_per_shard(work, ordered, timelines))
     if not all(_looks_finished(out_dir, plan) for plan in plans):
         unpublish(out_dir)
     shards: dict[str, ShardSummary] = {}
