@@ -60,7 +60,7 @@ def plan_again(
         timelines = dict(
             find_video(uid, videos_dir, config.layout) for uid in {clip.video_uid for clip in records}
         )
-        plans += plan_shards(records, timelines, config)
+        plans += plan_shards(records, timelines, config, len(records))
     return plans
 
 

@@ -6,10 +6,13 @@ missing; the bytes do not depend on the number of workers.
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
+from jobs.prepare_size import find_clips_per_shard
+from jobs.prepare_videos import probe_videos
+from jobs.prepare_work import Mapper, SetWork
 from jobs.progress import ProgressReport
 from pipeline.atomic import write_atomically
 from pipeline.clip_table import ClipTable
@@ -17,7 +20,7 @@ from pipeline.config import PrepareConfig
 from pipeline.egoclip import read_egoclip
 from pipeline.egomcq import read_egomcq
 from pipeline.epic_kitchens import read_epic_kitchens
-from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError, VideoError
+from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError
 from pipeline.lavila import read_lavila
 from pipeline.manifest import (
     REJECTED_FILE,
@@ -30,13 +33,12 @@ from pipeline.manifest import (
     write_rejected,
 )
 from pipeline.narrations import Taxonomy, read_taxonomy
-from pipeline.prepare import ShardPlan, build_shard, find_video, plan_shards, shard_settings
+from pipeline.prepare import ShardPlan, build_shard, plan_shards, shard_settings
 from pipeline.questions import QUESTIONS_FILE, build_question_set, questions_to_bytes
 from pipeline.read_report import ReadReport
 from pipeline.shards import ShardReceipt, ShardSummary, read_receipt, sha256_of_file, shard_paths
 from pipeline.storage import StoragePath, make_folder, storage_path
 from pipeline.text import build_vocabulary
-from pipeline.video import VideoTimeline
 
 READERS = {"egoclip": read_egoclip, "epic_kitchens": read_epic_kitchens, "lavila": read_lavila}
 VOCABULARY_FILE = "vocab.txt"
@@ -44,19 +46,6 @@ TRAIN, EGOMCQ = "train", "egomcq"
 NUM_EXAMPLES = 5
 # Rows that carried a clip and do not any more; a repeated row is no loss.
 LOST_ROW_REASONS = (Reason.BAD_ROW, Reason.END_BEFORE_START, Reason.OUTSIDE_VIDEO, Reason.EMPTY_CAPTION)
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
-
-
-class Mapper(Protocol):
-    """Runs `fn` on every item, here or on a cluster; yields the results in any order."""
-
-    def __call__(self, fn: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]: ...
-
-
-def serial_mapper(fn: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
-    """One item after the other in this process."""
-    return (fn(item) for item in items)
 
 
 @dataclass(frozen=True)
@@ -123,9 +112,10 @@ def run_prepare(
     num_tags = _num_tags((clips, choices), found_taxonomy)
 
     def build(name: str, clips: ClipTable, read_report: ReadReport) -> _ShardSet:
-        shards = _build_shards(name, clips, str(videos_dir), out_dir / name, config, mapper, progress)
-        write_rejected(out_dir / name, shards)
-        return _ShardSet(name, out_dir / name, shards, read_report)
+        work = SetWork(name, str(videos_dir), out_dir / name, config, mapper, progress)
+        shards = _build_shards(work, clips)
+        write_rejected(work.out_dir, shards)
+        return _ShardSet(name, work.out_dir, shards, read_report)
 
     def publish(built: _ShardSet, files: dict[str, bytes], source: dict[str, Any]) -> Manifest:
         return _publish(built, files, shard_settings(config), found_taxonomy, num_tags, source)
@@ -186,39 +176,24 @@ def _num_tags(tables: Sequence[ClipTable], taxonomy: Taxonomy | None) -> tuple[i
     return widths[0], widths[1]
 
 
-def _build_shards(
-    name: str,
-    clips: ClipTable,
-    videos_dir: str,
-    out_dir: StoragePath,
-    config: PrepareConfig,
-    mapper: Mapper,
-    progress: ProgressReport,
-) -> list[ShardSummary]:
+def _build_shards(work: SetWork, clips: ClipTable) -> list[ShardSummary]:
     """All shards of a set in order; what is finished and undamaged is only checked."""
 
-    # Plain functions, not partials: Ray makes tasks of nothing else.
-    def find(video_uid: str) -> tuple[str, VideoTimeline | VideoError]:
-        return find_video(video_uid, videos_dir, config.layout)
-
+    # A plain function, no partial: Ray makes tasks of nothing else.
     def build(plan: ShardPlan) -> ShardSummary:
         return build_shard(plan, out_dir, run_key=run_key).summary
 
-    run_key = uuid.uuid4().hex[:8]
+    out_dir, run_key = work.out_dir, uuid.uuid4().hex[:8]
     make_folder(out_dir)
-    video_uids = clips.video_uids
-    timelines: dict[str, VideoTimeline | VideoError] = {}
-    with progress.task(f"{name}: finding videos", len(video_uids)) as task:
-        for video_uid, found in mapper(find, video_uids):
-            timelines[video_uid] = found
-            task.advance()
-    plans = plan_shards(clips, timelines, config)
+    timelines = probe_videos(work, clips.video_uids)
+    ordered = clips.in_order()
+    plans = plan_shards(ordered, timelines, work.config, find_clips_per_shard(work, ordered, timelines))
     if not all(_looks_finished(out_dir, plan) for plan in plans):
         unpublish(out_dir)
     shards: dict[str, ShardSummary] = {}
     num_clips = 0
-    with progress.task(f"{name}: shards", len(plans)) as task:
-        for shard in mapper(build, plans):
+    with work.progress.task(f"{work.name}: shards", len(plans)) as task:
+        for shard in work.mapper(build, plans):
             shards[shard.name] = shard
             num_clips += shard.num_clips
             task.advance(note=f"{num_clips} clips")

@@ -9,9 +9,11 @@ from jobs.prepare import EGOMCQ, READERS, TRAIN
 from jobs.recipe import Recipe
 from pipeline.atomic import write_text_atomically
 from pipeline.clip_table import ClipTable
+from pipeline.config import PrepareConfig
 from pipeline.egomcq import read_egomcq
 from pipeline.errors import VideoError
 from pipeline.layout import locate_files
+from pipeline.shard_size import read_shard_size
 from pipeline.storage import StoragePath, file_sizes, storage_path
 
 NEEDED_FILE, ABSENT_FILE = "videos-needed.txt", "videos-absent.txt"
@@ -53,13 +55,12 @@ def _set_lines(name: str, clips: ClipTable, recipe: Recipe) -> list[str]:
     _write_uids(out_dir / ABSENT_FILE, absent)
     hours = sum(end_s for _, end_s in by_video.values()) / 3600
     lost = sum(by_video[uid][0] for uid in absent)
-    num_shards = -(-len(clips) // config.clips_per_shard)
     num_written = sum(name.startswith("shard-") and name.endswith(".tar") for name in file_sizes(out_dir))
     lines = [
         f"{name}: {len(clips)} clips of {len(by_video)} videos, {hours:.1f} hours up to their last clips "
         f"(listed in {out_dir / NEEDED_FILE})",
         f"{name}: {len(by_video) - len(absent)} videos are there, {num_bytes / GIB:.2f} GiB",
-        f"{name}: {num_shards} shards of up to {config.clips_per_shard} clips, {num_written} are on disk",
+        f"{name}: {_shards_words(len(clips), out_dir, config)}, {num_written} are on disk",
     ]
     if absent:
         share = lost / len(clips)
@@ -69,6 +70,17 @@ def _set_lines(name: str, clips: ClipTable, recipe: Recipe) -> list[str]:
             f"{next(iter(absent.values())).detail}"
         )
     return lines
+
+
+def _shards_words(num_clips: int, out_dir: StoragePath, config: PrepareConfig) -> str:
+    clips_per_shard = config.clips_per_shard
+    if clips_per_shard is None:
+        size = read_shard_size(out_dir, config)
+        if size is None:
+            size_words = f"shards of {config.shard_mib:g} MiB"
+            return f"the number of {size_words} follows from a sample of clips that prepare stores"
+        clips_per_shard = size.clips_per_shard
+    return f"{-(-num_clips // clips_per_shard)} shards of up to {clips_per_shard} clips"
 
 
 def _write_uids(path: StoragePath, uids: Iterable[str]) -> None:

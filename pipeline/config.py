@@ -92,7 +92,9 @@ class VideoLayout(BaseModel):
 
 
 class PrepareConfig(BaseModel):
-    """How clips are cut from videos and stored. Every field but the budget changes the shards."""
+    """How clips are cut from videos and stored. Every field but the budget changes the shards; the two of their size
+    decide only which clips share one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -103,7 +105,15 @@ class PrepareConfig(BaseModel):
         default=256, ge=16, description="short side of a stored frame in pixels; never enlarged"
     )
     jpeg_quality: int = Field(default=90, ge=1, le=100)
-    clips_per_shard: int = Field(default=256, ge=1)
+    clips_per_shard: int | None = Field(
+        default=None, ge=1, description="clips of a shard; empty = as many as make `shard_mib`"
+    )
+    shard_mib: float = Field(
+        default=64.0,
+        gt=0,
+        description="size of a shard aimed at; the number of clips is measured on a sample; unused where "
+        "clips_per_shard is given",
+    )
     layout: Literal["raw", "egovlp_600s", "lavila_300s", "avion_15s"] | VideoLayout = Field(
         default="raw", description="how video files lie in their folder, a name or a pattern; never guessed"
     )

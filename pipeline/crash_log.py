@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pipeline.storage import StoragePath, make_folder, storage_path
 
 SUFFIX = ".decoding"
+# So many deaths at a video, and it is not tried again.
+MAX_CRASHES = 2
 
 
 class CrashLog:
@@ -33,3 +35,7 @@ class CrashLog:
             yield
         finally:
             self._path.write_text(" ".join(self._died_at))
+
+    def remove(self) -> None:
+        """Takes the notes away when the work is done: there is one file of them for every video that is looked at."""
+        self._path.unlink(missing_ok=True)

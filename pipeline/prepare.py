@@ -1,7 +1,7 @@
 """Videos and clip records to shards: plan, build one shard, publish the set. Pure per item and repeatable.
 
-The plan cuts the clips, in order of video and time, into shards of a fixed number; it does not depend on
-which videos are usable, so a video that turns up later changes its own shards only. A clip that cannot be
+The plan cuts the clips, in order of video and time, into shards of a given number (`shard_size` finds one); it does not
+depend on which videos are usable, so a video that turns up later changes its own shards only. A clip that cannot be
 decoded whole is rejected with a reason and never replaced. Left out on purpose: where the tasks run (`jobs`).
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.clip import ClipRecord
 from pipeline.clip_table import ClipTable
 from pipeline.config import PrepareConfig, VideoLayout
-from pipeline.crash_log import CrashLog
+from pipeline.crash_log import MAX_CRASHES, CrashLog
 from pipeline.decode import PyAvDecoder
 from pipeline.decode_dali import DaliGpuDecoder
 from pipeline.errors import DataError, Reason, VideoError
@@ -35,7 +35,6 @@ from pipeline.text import clean_caption
 from pipeline.video import VideoTimeline, midpoint_times, probe, resolve_timeline
 
 RESIZE_BATCH = 16
-MAX_CRASHES = 2
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -73,8 +72,15 @@ def find_video(
 
 
 def shard_settings(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that change bytes on disk: everything but the budget."""
-    return {"format": SHARD_FORMAT, **config.model_dump(mode="json", exclude={"max_rejected_share"})}
+    """The settings that change bytes on disk: everything but the budget and the size of shards.
+
+    A number of clips given by the recipe stands among them, as it always did: shards made so stay valid. One that is
+    measured does not. It shows in nothing but the clips of a shard, so another size builds only what is cut otherwise.
+    """
+    left_out = {"max_rejected_share", "shard_mib"}
+    if config.clips_per_shard is None:
+        left_out.add("clips_per_shard")
+    return {"format": SHARD_FORMAT, **config.model_dump(mode="json", exclude=left_out)}
 
 
 class ShardPlans(Sequence[ShardPlan]):
@@ -85,12 +91,14 @@ class ShardPlans(Sequence[ShardPlan]):
         ordered: ClipTable,
         timelines: Mapping[str, VideoTimeline | VideoError],
         config: PrepareConfig,
+        clips_per_shard: int,
     ) -> None:
         self._ordered, self._timelines, self._config = ordered, timelines, config
+        self._clips_per_shard = clips_per_shard
         self._settings = shard_settings(config)
 
     def __len__(self) -> int:
-        return -(-len(self._ordered) // self._config.clips_per_shard)
+        return -(-len(self._ordered) // self._clips_per_shard)
 
     @overload
     def __getitem__(self, place: int) -> ShardPlan: ...
@@ -100,8 +108,8 @@ class ShardPlans(Sequence[ShardPlan]):
         if isinstance(place, slice):
             return [self[number] for number in range(len(self))[place]]
         number = range(len(self))[place]
-        start = number * self._config.clips_per_shard
-        clips = tuple(self._ordered[start : start + self._config.clips_per_shard])
+        start = number * self._clips_per_shard
+        clips = tuple(self._ordered[start : start + self._clips_per_shard])
         used = {clip.video_uid: self._timelines[clip.video_uid] for clip in clips}
         return ShardPlan(
             self.name(number), _content_key(clips, used, self._settings), self._config, clips, used
@@ -121,8 +129,9 @@ def plan_shards(
     records: Iterable[ClipRecord],
     timelines: Mapping[str, VideoTimeline | VideoError],
     config: PrepareConfig,
+    clips_per_shard: int,
 ) -> ShardPlans:
-    """Cut the clips into shards. Clips of a video stand together in time order, for scene-aware neighbours.
+    """Cut the clips into shards of a number. Clips of a video stand together in time order, for scene-aware neighbours.
 
     Raises DataError when a clip id stands twice: ids are names inside the tar.
     """
@@ -131,7 +140,7 @@ def plan_shards(
     if len(repeats):
         clip_id = table[int(repeats[0])].clip_id
         raise DataError(f"planned shards: clip {clip_id} stands twice; expected every clip id once")
-    return ShardPlans(table.in_order(), timelines, config)
+    return ShardPlans(table.in_order(), timelines, config, clips_per_shard)
 
 
 def _content_key(
@@ -197,10 +206,14 @@ def build_shard(
                     if isinstance(answer, FrameFailure):
                         rejected.append(_rejected(clip, answer))
                         continue
-                    times_s = [frame.time_s for frame in answer]
-                    jpegs = [frame.jpeg for frame in answer]
-                    writer.add(clip, jpegs, times_s, answer[0].height, answer[0].width)
+                    add_clip(writer, clip, answer)
         return writer.finish(plan.content_key, rejected)
+
+
+def add_clip(writer: ShardWriter, clip: ClipRecord, frames: Sequence[StoredFrame]) -> None:
+    """Append a clip with its frames, which are all of one size, to a shard."""
+    jpegs = [frame.jpeg for frame in frames]
+    writer.add(clip, jpegs, [frame.time_s for frame in frames], frames[0].height, frames[0].width)
 
 
 def _rejected(clip: ClipRecord, failure: FrameFailure) -> RejectedClip:

@@ -133,6 +133,11 @@ class ShardWriter:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far, headers and padding of the members included."""
+        return self._position
+
     def add(
         self,
         record: ClipRecord,

@@ -7,7 +7,7 @@ AWS_ENDPOINT_URL, ~/.aws), on every machine that reads or writes; they never sta
 import os
 import posixpath
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from upath import UPath
 
@@ -46,6 +46,15 @@ def make_folder(path: StoragePath) -> None:
     """The folder is there afterwards; object stores have none to make."""
     if isinstance(path, Path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def open_for_reading(path: StoragePath, block_bytes: int | None = None) -> IO[bytes]:
+    """Open a file. A store is asked for at least `block_bytes` at a time; left to itself S3 hands out 50 MiB, so that a
+    look at the header would fetch most videos whole.
+    """
+    if block_bytes is None or isinstance(path, Path):
+        return path.open("rb")
+    return path.open("rb", block_size=block_bytes)
 
 
 def file_sizes(folder: StoragePath) -> dict[str, int]:

@@ -18,13 +18,15 @@ import av.error
 from pipeline.config import VideoLayout
 from pipeline.errors import Reason, VideoError
 from pipeline.layout import layout_of, locate_files
-from pipeline.storage import StoragePath, storage_path
+from pipeline.storage import StoragePath, open_for_reading, storage_path
 
 # Header caps: larger values are broken or hostile files, not egocentric recordings.
 MAX_PIXELS = 8192 * 4320
 MAX_DURATION_S = 48 * 3600.0
 MAX_STREAMS = 32
 
+# How much of a file in a store is fetched at once, at least, by those who want its header and index only.
+PROBE_BLOCK_BYTES = 1 << 20
 _IDENTITY_BYTES = 64 * 1024
 # Demuxers of the containers we accept. Together with protocol_whitelist this stops playlists that fetch URLs.
 _OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "protocol_whitelist": "file"}
@@ -104,16 +106,19 @@ def file_identity(path: str | StoragePath) -> str:
     path = storage_path(path)
     size_bytes = path.stat().st_size
     digest = hashlib.sha256(str(size_bytes).encode())
-    with path.open("rb") as file:
+    with open_for_reading(path, _IDENTITY_BYTES) as file:
         digest.update(file.read(_IDENTITY_BYTES))
         file.seek(max(_IDENTITY_BYTES, size_bytes - _IDENTITY_BYTES))
         digest.update(file.read(_IDENTITY_BYTES))
     return digest.hexdigest()
 
 
-def open_video(path: str | StoragePath, video_uid: str) -> av.container.InputContainer:
+def open_video(
+    path: str | StoragePath, video_uid: str, block_bytes: int | None = None
+) -> av.container.InputContainer:
     """Open one file with whitelisted demuxers, which open no further file, and hold its header against the caps.
 
+    A file of a store is fetched at least `block_bytes` at a time, None for what suits reading it whole.
     Raises VideoError: missing, empty, not a video, truncated, no video stream, unsupported codec, over a cap.
     """
     path = storage_path(path)
@@ -124,7 +129,7 @@ def open_video(path: str | StoragePath, video_uid: str) -> av.container.InputCon
     try:
         # A file of a store is read in pieces, as far as decoding goes. What the network does wrong stays an OSError and
         # is not taken for damage of the video.
-        source = str(path) if isinstance(path, Path) else path.open("rb")
+        source = str(path) if isinstance(path, Path) else open_for_reading(path, block_bytes)
         container = av.open(source, mode="r", options=dict(_OPEN_OPTIONS))
     except (av.error.FFmpegError, ValueError, UnicodeError) as error:
         raise VideoError(video_uid, *_why_not_opened(path, error)) from error
@@ -206,7 +211,7 @@ def header_of(container: av.container.InputContainer) -> VideoHeader:
 
 def probe(path: str | StoragePath, video_uid: str) -> VideoHeader:
     """Read the header of one file. Raises VideoError as `open_video`."""
-    with open_video(path, video_uid) as container:
+    with open_video(path, video_uid, PROBE_BLOCK_BYTES) as container:
         return header_of(container)
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from rich.console import Console
+from s3fs.core import S3File
 from video_files import write_video
 
-from jobs.prepare import run_prepare, serial_mapper
+from jobs.prepare import run_prepare
 from jobs.prepare_plan import plan_lines
+from jobs.prepare_work import serial_mapper
 from jobs.progress import ProgressReport
 from jobs.recipe import load_recipe, resolve_paths
 from pipeline.config import LoaderConfig, PrepareConfig
@@ -25,6 +27,7 @@ from pipeline.storage import file_sizes, storage_path
 from pipeline.store import ClipStore
 from pipeline.text import CaptionTokenizer
 from pipeline.video import resolve_timeline
+from pipeline.video_manifest import probe_files
 
 CONFIG = PrepareConfig(num_frames=2, short_side=48, clips_per_shard=3, max_rejected_share=0.0)
 NUM_CLIPS = 8
@@ -186,6 +189,26 @@ def test_chunks_in_a_bucket_are_found_by_their_layout(bucket, server, world):
     with pytest.raises(VideoError) as caught:
         resolve_timeline(f"s3://{bucket}/chunks", "w", "lavila_300s")
     assert caught.value.reason == Reason.MISSING_VIDEO
+
+
+def test_facts_of_a_video_take_a_small_part_of_it(bucket, server, tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", num_frames=30)
+    # A box that players skip, in front of the others and as large as many minutes of video.
+    box = 24 * 2**20
+    content = box.to_bytes(4, "big") + b"free" + bytes(box - 8)
+    server.put_object(Bucket=bucket, Key="videos/v.mp4", Body=content + path.read_bytes())
+    fetched = []
+    fetch = S3File._fetch_range
+
+    def counting_fetch(self, start, end):
+        fetched.append(end - start)
+        return fetch(self, start, end)
+
+    monkeypatch.setattr(S3File, "_fetch_range", counting_fetch)
+    videos_dir = f"s3://{bucket}/videos"
+    (facts,) = probe_files(resolve_timeline(videos_dir, "v", "raw"), videos_dir)
+    assert (facts.path, facts.num_frames, facts.rotation, facts.reason) == ("v.mp4", 30, 0, None)
+    assert sum(fetched) < 4 * 2**20
 
 
 def test_a_broken_connection_is_no_damage_of_the_video(bucket, server, tmp_path, monkeypatch):

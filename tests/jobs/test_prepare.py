@@ -1,5 +1,6 @@
 import json
 import pickle
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import cloudpickle
@@ -10,17 +11,21 @@ from rich.console import Console
 from video_files import write_video
 
 from jobs.data import verify
-from jobs.prepare import run_prepare, serial_mapper
+from jobs.prepare import run_prepare
 from jobs.prepare_plan import plan_lines
+from jobs.prepare_videos import describe_videos
+from jobs.prepare_work import serial_mapper
 from jobs.progress import ProgressReport
 from jobs.recipe import load_recipe
 from jobs.submit import require_shards
 from pipeline.config import PrepareConfig
 from pipeline.egoclip import EgoClipRow, write_egoclip
-from pipeline.errors import DataError, ShardError, TooManyRejectedError
+from pipeline.errors import DataError, Reason, ShardError, TooManyRejectedError
 from pipeline.manifest import read_manifest
 from pipeline.questions import read_questions
+from pipeline.shard_size import size_of, write_shard_size
 from pipeline.store import ClipStore
+from pipeline.video_manifest import VideoFileFacts, read_videos
 
 CONFIG = PrepareConfig(num_frames=2, short_side=48, clips_per_shard=3, max_rejected_share=0.0)
 # Six videos of 6 s, train: a. Held out: p, q, r, s, t.
@@ -71,7 +76,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, **changes):
+def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, progress=None, **changes):
     paths = {
         "egoclip": world / "egoclip.csv",
         "egomcq_json": world / "egomcq.json",
@@ -79,7 +84,7 @@ def prepare(world, out_dir, config=CONFIG, mapper=serial_mapper, **changes):
         "taxonomy": world / "taxonomy.json",
         **changes,
     }
-    progress = ProgressReport(Console(quiet=True))
+    progress = progress or ProgressReport(Console(quiet=True))
     return run_prepare(out_dir=out_dir, config=config, mapper=mapper, progress=progress, **paths)
 
 
@@ -172,6 +177,172 @@ def test_a_run_that_dies_in_the_middle_leaves_no_manifest_and_is_continued(world
     assert not (tmp_path / "killed" / "train" / "manifest.json").exists()
     prepare(world, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+
+
+def test_a_table_of_the_videos_is_written_before_any_shard_and_what_it_holds_is_said(
+    world, tmp_path, report_lines
+):
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, [row(0, "a", 0.0), row(1, "gone", 0.0), row(2, "b", 0.0), row(3, "c", 0.0)])
+    videos = tmp_path / "videos"
+    write_video(videos / "a.mp4", num_frames=180)
+    write_video(videos / "b.mp4", num_frames=50, fps=25)
+    (videos / "c.mp4").write_bytes(b"no video")
+    report, said = report_lines
+    out_dir = tmp_path / "out" / "train"
+    seen = []
+
+    def looks(fn, items):
+        seen.append([path.name for path in sorted(out_dir.iterdir())])
+        return serial_mapper(fn, items)
+
+    changes = {"videos_dir": videos, "egoclip": tsv, "egomcq_json": None, "progress": report}
+    config = CONFIG.model_copy(update={"max_rejected_share": 0.5})
+    result = prepare(world, tmp_path / "out", config, looks, **changes)
+    assert seen == [[], ["videos.parquet"]]
+    assert result.train.rejected_by_reason == {"missing_video": 1, "not_a_video": 1}
+    # 6 s and 2 s are 0.002 hours.
+    expected = (
+        "train: 2 videos, 0.0 hours, h264 2; 30 fps 1, 25 fps 1; 2 unusable (not_a_video 1, missing_video 1)"
+    )
+    assert said().count(expected) == 1
+    files = read_videos(out_dir)
+    assert [(facts.video_uid, facts.path, facts.num_frames, facts.reason) for facts in files] == [
+        ("a", "a.mp4", 180, None),
+        ("b", "b.mp4", 50, None),
+        ("c", "c.mp4", None, Reason.NOT_A_VIDEO),
+        ("gone", None, None, Reason.MISSING_VIDEO),
+    ]
+    before = contents(out_dir)
+    assert prepare(world, tmp_path / "out", config, **changes) == result
+    assert contents(out_dir) == before
+
+
+def test_facts_of_videos_are_summed_up_in_a_line():
+    def files(number, **facts):
+        return [
+            VideoFileFacts(f"v{k}", f"{k}.mp4", duration_s=1800.0, codec="h264", **facts)
+            for k in range(number)
+        ]
+
+    # 19 files of half an hour of 7 videos: v0 has a file of each kind.
+    found = [
+        *files(7, fps=30000 / 1001, is_rate_varying=False),
+        *files(4, fps=28.3, is_rate_varying=True),
+        *files(3, fps=25.0, is_rate_varying=False, is_cut_short=True),
+        *files(2, fps=60.0),
+        *files(2, fps=24.0),
+        *files(1),
+    ]
+    assert describe_videos(found) == (
+        "7 videos in 19 files, 9.5 hours, h264 19; 29.97 fps 7, varying rate 4, 25 fps 3, 60 fps 2, other rates 3; "
+        "3 cut short"
+    )
+    assert describe_videos([VideoFileFacts("v", reason=Reason.MISSING_VIDEO)]) == (
+        "0 videos, 0.0 hours; 1 unusable (missing_video 1)"
+    )
+
+
+def tar_bytes_a_clip(out_dir):
+    """Mean bytes of the clips in the tars of a set: a header of 512 bytes a member, content in blocks of 512."""
+    taken, num_clips = 0, 0
+    for path in out_dir.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        taken += sum(512 + -(-member.size // 512) * 512 for member in members)
+        num_clips += sum(member.name.endswith(".json") for member in members)
+    return taken / num_clips
+
+
+def measured_config(clips_that_fit, mean_bytes):
+    return CONFIG.model_copy(
+        update={"clips_per_shard": None, "shard_mib": clips_that_fit * mean_bytes / 2**20}
+    )
+
+
+def sizes_of_shards(manifest):
+    return [shard.num_clips for shard in manifest.shards]
+
+
+def test_without_a_number_shards_are_cut_to_the_size_aimed_at(world, tmp_path, report_lines):
+    given = prepare(world, tmp_path / "given")
+    assert not (tmp_path / "given" / "train" / "shard-size.json").exists()
+    mean = tar_bytes_a_clip(tmp_path / "given" / "train")
+    report, said = report_lines
+    # Seven clips, which are all in the sample, three and a half to a shard.
+    result = prepare(world, tmp_path / "out", measured_config(3.5, mean), progress=report, egomcq_json=None)
+    assert sizes_of_shards(result.train) == [3, 3, 1]
+    assert [shard.sha256 for shard in result.train.shards] == [shard.sha256 for shard in given.train.shards]
+    pinned = json.loads((tmp_path / "out" / "train" / "shard-size.json").read_text())
+    assert (pinned["clips_per_shard"], pinned["num_measured"]) == (3, 7)
+    assert pinned["mean_clip_bytes"] == mean
+    assert any("(mean of 7): 3 clips for a shard of" in line for line in said())
+    assert not list((tmp_path / "out" / "train").glob(".*"))
+
+
+def test_a_pinned_number_is_kept_when_videos_turn_up_and_found_anew_when_the_size_changes(world, tmp_path):
+    videos = tmp_path / "videos"
+    write_video(videos / "a.mp4", num_frames=180)
+    tsv = tmp_path / "egoclip.csv"
+    write_egoclip(tsv, [row(k, "ab"[k // 4], 0.7 * (k % 4)) for k in range(8)])
+    out_dir = tmp_path / "out"
+    passes = []
+
+    def counting(fn, items):
+        passes.append(len(items))
+        return serial_mapper(fn, items)
+
+    def run(config):
+        passes.clear()
+        config = config.model_copy(update={"max_rejected_share": 0.5})
+        changes = {"egoclip": tsv, "egomcq_json": None, "videos_dir": videos}
+        return prepare(world, out_dir, config, counting, **changes).train
+
+    prepare(world, tmp_path / "given", egomcq_json=None)
+    mean = tar_bytes_a_clip(tmp_path / "given" / "train")
+    # Both videos, the four clips of the one that is there, three shards.
+    first = run(measured_config(3.5, mean))
+    assert (passes, sizes_of_shards(first)) == ([2, 4, 3], [3, 1])
+    # Frames of b are larger. A sample with them would give another number, and it is not taken.
+    write_video(videos / "b.mp4", num_frames=180, size_HW=(48, 480))
+    kept = (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns
+    second = run(measured_config(3.5, mean))
+    assert (passes, sizes_of_shards(second)) == ([2, 3], [3, 3, 2])
+    assert (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns == kept
+    third = run(measured_config(100, mean))
+    assert (passes, sizes_of_shards(third)) == ([2, 8, 1], [8])
+    # Another size that leads to the same cut builds nothing.
+    kept = (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns
+    fourth = run(measured_config(90, mean))
+    assert (passes, fourth.fingerprint) == ([2, 8, 1], third.fingerprint)
+    assert (out_dir / "train" / "shard-00000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_sample_in_which_nothing_can_be_decoded_stops_with_the_reason(world, tmp_path):
+    config = CONFIG.model_copy(update={"clips_per_shard": None})
+    with pytest.raises(
+        DataError, match=r"train: stored a sample of 7 clips .* \(missing_video 7\), such as: no file"
+    ):
+        prepare(world, tmp_path / "out", config, videos_dir=tmp_path)
+    assert [facts.reason for facts in read_videos(tmp_path / "out" / "train")] == [Reason.MISSING_VIDEO]
+
+
+def test_a_plan_counts_shards_of_a_measured_number_once_it_is_known(world, tmp_path):
+    settings = {
+        "egoclip": world / "egoclip.csv",
+        "egomcq": "null",
+        "videos": world / "videos",
+        "shards": tmp_path,
+    }
+    overrides = [f"data.{key}={value}" for key, value in settings.items()]
+    recipe = load_recipe("demo", (*overrides, "prepare.clips_per_shard=null"))
+    assert (
+        "train: the number of shards of 64 MiB follows from a sample of clips that prepare stores, 0 are on disk"
+        in plan_lines(recipe)
+    )
+    # Two clips fit, if a clip takes 25 MiB.
+    write_shard_size(tmp_path / "train", size_of([25 * 2**20], recipe.prepare))
+    assert "train: 4 shards of up to 2 clips, 0 are on disk" in plan_lines(recipe)
 
 
 def test_fewer_clips_leave_no_stale_shard_behind(world, tmp_path):

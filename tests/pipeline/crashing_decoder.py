@@ -2,8 +2,10 @@
 
 import os
 
+from pipeline import video_manifest
+from pipeline.crash_log import CrashLog
 from pipeline.decode import PyAvDecoder
-from pipeline.prepare import build_shard
+from pipeline.prepare import build_shard, find_video
 
 
 class CrashingDecoder(PyAvDecoder):
@@ -18,3 +20,10 @@ class CrashingDecoder(PyAvDecoder):
 def build(plan, out_dir, run_key):
     """The whole life of one attempt."""
     build_shard(plan, out_dir, CrashingDecoder(), run_key)
+
+
+def probe(folder, video_uid, run_key):
+    """One attempt at the files of a video; opening one of them takes the process down."""
+    video_manifest.open_video = lambda *_: os._exit(9)
+    _, found = find_video(video_uid, str(folder), "raw")
+    video_manifest.probe_files(found, folder, (), CrashLog(folder, video_uid, run_key))

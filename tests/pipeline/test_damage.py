@@ -259,7 +259,7 @@ def build(tmp_path, content, decoder=None):
         (tmp_path / "videos" / "v.mp4").write_bytes(content)
     records = [make_record("v", s, s + 0.5, s, f"#C C moves cup {s}", (0,), (0,)) for s in STARTS_S]
     timelines = dict([find_video("v", str(tmp_path / "videos"), "raw")])
-    (plan,) = plan_shards(records, timelines, CONFIG)
+    (plan,) = plan_shards(records, timelines, CONFIG, len(records))
     return build_shard(plan, tmp_path / "shards", decoder)
 
 

@@ -37,7 +37,7 @@ def plan(records, videos_dir, config=CONFIG):
     timelines = dict(
         find_video(uid, str(videos_dir), config.layout) for uid in {r.video_uid for r in records}
     )
-    return plan_shards(records, timelines, config)
+    return plan_shards(records, timelines, config, config.clips_per_shard)
 
 
 def frames_of(out_dir, receipt):
