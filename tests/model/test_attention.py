@@ -1,9 +1,12 @@
 """Attention backends against each other and against a loop over pairs."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
+from model import attention_blocks
 from model.attention import Backend, choose_backend, sparse_attention, token_codes
 from model.sparsity import EdgeLayout, draw_edge_layout
 
@@ -116,6 +119,29 @@ def test_backends_agree_in_values_scores_and_gradients(
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["whole", "pruned"])
 def test_backends_agree_where_attention_is_dense(kept: list[list[int]] | None) -> None:
     _assert_backends_agree(_codes(kept), None)
+
+
+@pytest.mark.parametrize(
+    ("part_scores", "num_parts"),
+    # 18 patches in 5 blocks of 4, 2 heads, 2 clips; a query block has 4 x 13 scores: CLS and 3 blocks of keys.
+    # Everything at once; clips apart; heads apart, too; then blocks two by two, one by one.
+    [(1 << 19, 1), (2 * 5 * 52, 2), (5 * 52, 4), (2 * 52, 12), (1, 20)],
+)
+def test_blocks_in_parts_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, part_scores: int, num_parts: int
+) -> None:
+    seen: list[int] = []
+    parts = attention_blocks._Plan.parts
+
+    def counted(plan: attention_blocks._Plan) -> Iterator[attention_blocks._Part]:
+        found = list(parts(plan))
+        seen.append(len(found))
+        return iter(found)
+
+    monkeypatch.setattr(attention_blocks, "_PART_SCORES", part_scores)
+    monkeypatch.setattr(attention_blocks._Plan, "parts", counted)
+    _assert_backends_agree(_codes(None), _layout(18, 4))
+    assert set(seen) == {num_parts}
 
 
 @pytest.mark.parametrize("dense", [False, True])
