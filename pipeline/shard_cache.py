@@ -49,6 +49,10 @@ class ShardCache:
         for entry in entries:
             self._start(shards_dir, entry)
 
+    def drop(self, entry: ShardEntry) -> None:
+        """Removes the local copy of a shard: it is fetched again when asked for."""
+        (self.folder / f"{entry.sha256}.tar").unlink(missing_ok=True)
+
     def _start(self, shards_dir: StoragePath, entry: ShardEntry) -> Future[Path]:
         with self._lock:
             future = self._under_way.get(entry.sha256)

@@ -125,14 +125,19 @@ class ClipStore:
         offset, size = int(self._offsets[row, frame]), int(self._sizes[row, frame])
         where = f"frame {frame} in {self.shard_name(row)}.tar at byte {offset}"
         try:
-            with self._lock:
-                content = os.pread(self._file(int(self._shard[row])), size, offset)
+            content = self._read(int(self._shard[row]), offset, size)
+            is_whole = zlib.crc32(content) == int(self._crc32[row, frame])
+            if not is_whole and self._cache is not None:
+                # The copy on this machine may be what is damaged.
+                self._drop_copy(int(self._shard[row]))
+                content = self._read(int(self._shard[row]), offset, size)
+                is_whole = zlib.crc32(content) == int(self._crc32[row, frame])
         except (OSError, ShardError) as error:
             raise ClipError(self.clip_id(row), Reason.DAMAGED_SHARD, f"read {where}: {error}") from error
         if len(content) != size:
             detail = f"read {where}: {len(content)} bytes of {size}, the file is cut. Run prepare again"
             raise ClipError(self.clip_id(row), Reason.DAMAGED_SHARD, detail)
-        if zlib.crc32(content) != int(self._crc32[row, frame]):
+        if not is_whole:
             detail = f"read {where}: checksum differs from the index; the shard changed. Run prepare again"
             raise ClipError(self.clip_id(row), Reason.DAMAGED_SHARD, detail)
         return np.frombuffer(content, dtype=np.uint8)
@@ -152,6 +157,18 @@ class ClipStore:
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        with self._lock:
+            return os.pread(self._file(shard), size, offset)
+
+    def _drop_copy(self, shard: int) -> None:
+        """Has the next read fetch a shard of a remote store again."""
+        assert self._cache is not None
+        with self._lock:
+            if shard in self._files:
+                os.close(self._files.pop(shard))
+            self._cache.drop(self.manifest.shards[shard])
 
     def _file(self, shard: int) -> int:
         """Descriptor of a shard, at most `_MAX_OPEN_FILES` open. The caller holds the lock."""

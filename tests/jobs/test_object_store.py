@@ -174,6 +174,19 @@ def test_a_shard_that_changed_in_the_bucket_is_named_and_not_kept(bucket, server
         ClipStore(f"{url}/train", str(tmp_path))
 
 
+def test_a_damaged_copy_on_this_machine_is_fetched_again(bucket, tmp_path):
+    url = f"s3://{bucket}/shards"
+    prepare(f"s3://{bucket}", url)
+    with ClipStore(f"{url}/train", str(tmp_path)) as store:
+        expected = store.read_frame(0, 0).tobytes()
+        (copy,) = tmp_path.glob("*.tar")
+        content = bytearray(copy.read_bytes())
+        content[int(store._offsets[0, 0]) + 20] ^= 1
+        # In place: the store has the file open.
+        copy.write_bytes(content)
+        assert store.read_frame(0, 0).tobytes() == expected
+
+
 def test_chunks_in_a_bucket_are_found_by_their_layout(bucket, server, world):
     for start in (0, 300):
         server.upload_file(str(world / "videos" / "a.mp4"), bucket, f"chunks/v.mp4/{start}.mp4")
