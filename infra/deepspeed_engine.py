@@ -1,12 +1,14 @@
 """DeepSpeed ZeRO 0-3 behind the Engine protocol. The only module that imports deepspeed.
 
 Its configuration dict is generated here from EngineConfig, so no number is written twice. Left out: resuming
-at another world size (DeepSpeed's universal format) and offload of parameters.
+at another world size (DeepSpeed's universal format).
 """
 
 import contextlib
 import importlib
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,28 +16,36 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
+from infra import native_ops
 from infra.config import EngineConfig
 from infra.engine import (
     EngineError,
     ParameterGroups,
+    StepOrder,
+    adamw,
     rank,
+    require_precision,
     set_learning_rate,
     to_portable,
     torch_dtype,
 )
+from infra.engine_memory import state_bytes
 
 logger = logging.getLogger(__name__)
 
 _TAG = "engine"
+# DeepSpeed's name, at ZeRO 1 and 2, of this rank's parts of the master weights.
+_MASTERS = "single_partition_of_fp32_groups"
 # What DeepSpeed's own checkpoints hold besides tensors and plain values.
 _SAFE_TYPES = [ZeroStageEnum, fragment_address, LossScaler]
 
@@ -58,10 +68,9 @@ class DeepSpeedEngine:
             raise EngineError(f"DeepSpeed cannot hold 0-dim parameters; give {scalars} the shape [1]")
         self._config = config
         self._device = device or torch.device("cpu")
-        if config.offload_optimizer and self._device.type == "cpu":
-            raise EngineError(
-                "offload_optimizer moves state from a GPU to the host; this rank trains on the CPU"
-            )
+        require_precision(config, self._device)
+        _require_host(module, config, self._device)
+        optimizer = _optimizer(parameter_groups, config, self._device)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         skip_shared_memory_build()
         _import_muon_uncompiled()
@@ -69,12 +78,13 @@ class DeepSpeedEngine:
             deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
             engine, *_ = deepspeed.initialize(
                 model=module,
-                model_parameters=[dict(group) for group in parameter_groups],  # type: ignore[arg-type]
+                optimizer=optimizer,
                 config=deepspeed_dict(config, micro_batch_size, on_gpu=self._device.type == "cuda"),
                 dist_init_required=False,
             )
         engine.checkpoint_engine = _SafeCheckpointEngine()
         self._engine: Any = engine
+        self._order = StepOrder()
         self._grad_norm: float | None = None
 
     @property
@@ -93,12 +103,78 @@ class DeepSpeedEngine:
     def grad_norm(self) -> float | None:
         return self._grad_norm
 
-    def backward(self, loss: Tensor, is_last: bool = True) -> None:
-        self._engine.set_gradient_accumulation_boundary(is_last)
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        stage, reduction = self._config.zero_stage, self._config.gradient_reduction
+        # ZeRO 0 and 1 hold whole gradients whatever is set, so there reducing often would only cost traffic.
+        coalesces = stage == 1 or (stage > 1 and reduction == "step")
+        block = self._engine.coalesce_grad_reduction() if coalesces else self._until_boundary()
+        with self._order.accumulating():
+            block.__enter__()
+            try:
+                yield
+            except BaseException as error:
+                # Other ranks may have got elsewhere: leave nothing to reduce, which would wait for them.
+                self._engine.zero_grad()
+                with _quiet():
+                    block.__exit__(type(error), error, error.__traceback__)
+                raise
+            with _quiet():
+                block.__exit__(None, None, None)
+
+    @contextlib.contextmanager
+    def _until_boundary(self) -> Iterator[None]:
+        """DeepSpeed's own accumulation, whose end it must be told before the last backward call or here."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+        if self._config.zero_stage == 0:
+            self._engine.allreduce_gradients()
+        else:
+            self._engine.optimizer.finalize_gradient_accumulation_boundary()
+
+    def backward(self, loss: Tensor) -> None:
+        is_first = self._order.is_first_backward
+        self._order.count_backward()
+        if self._config.zero_stage > 0:
+            # DeepSpeed tells two backward calls apart by the call of its own forward between them, which calling
+            # the module leaves out: ZeRO 3 would replace the gradient instead of adding to it.
+            self._engine.optimizer.clear_backward_seen_flag()
+            if is_first:
+                self._forget_gradients()
         with _quiet():
-            self._engine.backward(loss)
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _forget_gradients(self) -> None:
+        """Zero the buffers that outlive a step: a parameter out of this step's reach would get its last gradient
+        again, and one that only a later backward call reaches would have it added.
+        """
+        optimizer = self._engine.optimizer
+        stale = [*getattr(optimizer, "accumulated_grads_in_cpu", {}).values()]
+        if self._config.zero_stage == 3:
+            stale.append(optimizer.grad_partitions_flat_buffer)
+        if self._config.offload_optimizer != "none":
+            name = "fp32_partitioned_groups_flat" if self._config.zero_stage == 3 else _MASTERS
+            stale += [part.grad for part in getattr(optimizer, name) if part.grad is not None]
+        for buffer in stale:
+            buffer.zero_()
+
+    def gradients(self) -> dict[str, Tensor]:
+        self._order.require_gradient("gradients")
+        gradients = {}
+        with _quiet():
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad:
+                    found = safe_get_full_grad(parameter)
+                    shape = getattr(parameter, "ds_shape", parameter.shape)
+                    gradients[name] = torch.zeros(shape) if found is None else to_portable(found)
+        return gradients
 
     def step(self, lr: float) -> None:
+        self._order.require_gradient("step")
+        self._order.reset()
         set_learning_rate(self._engine.optimizer.param_groups, lr)
         own_norm = self._plain_norm() if self._engine.get_global_grad_norm() is None else None
         with _quiet():
@@ -130,6 +206,7 @@ class DeepSpeedEngine:
             ) from error
         if path is None:
             raise EngineError(f"DeepSpeed found nothing to load in {directory / _TAG}")
+        self._order.reset()
 
     @property
     def _holds_whole_fp32(self) -> bool:
@@ -174,29 +251,108 @@ def deepspeed_dict(config: EngineConfig, micro_batch_size: int, on_gpu: bool) ->
             "stage3_param_persistence_threshold": 10_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    for key, place in (
+        ("offload_optimizer", config.offload_optimizer),
+        ("offload_param", config.offload_parameters),
+    ):
+        if place != "none":
+            zero[key] = {"device": place, "pin_memory": on_gpu}
+        if place == "nvme":
+            zero[key]["nvme_path"] = config.nvme_path
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": 1,  # the caller marks the boundary: Engine.backward(is_last)
+        "gradient_accumulation_steps": 1,  # the caller marks its bounds: Engine.accumulate
         "gradient_clipping": config.gradient_clipping,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": 0.0,
-                "betas": list(config.betas),
-                "eps": config.eps,
-                "weight_decay": config.weight_decay,
-                "torch_adam": not config.offload_optimizer,  # anything else is compiled on first use
-            },
+        # The optimizer is made here, for every device and place of its states: see _optimizer.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "bf16_master_weights_and_grads": config.bf16_states,
+            "bf16_optimizer_states": config.bf16_states,
         },
-        "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": False},
         "zero_optimization": zero,
         "checkpoint": {"tag_validation": "Ignore"},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
+
+
+def _optimizer(
+    groups: ParameterGroups, config: EngineConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW for the place where its states will be: on the host DeepSpeed's own, which must be compiled."""
+    groups = [dict(group) for group in groups]  # ZeRO puts its partitions into them
+    if config.offload_optimizer == "none":
+        return adamw(groups, config, device)
+    try:
+        native_ops.load("cpu_adam")
+    except native_ops.NativeBuildError as error:
+        if config.bf16_states:
+            raise EngineError(
+                f"bf16_states with offload_optimizer needs DeepSpeed's cpu_adam: {error}; set bf16_states: false "
+                "or offload_optimizer: none"
+            ) from error
+        logger.warning(
+            "offload_optimizer: torch's AdamW computes on the host, slower than DeepSpeed's cpu_adam: %s", error
+        )
+        return adamw(groups, config, torch.device("cpu"))
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(
+        groups,
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fp32_optimizer_states=not config.bf16_states,
+    )
+
+
+def _require_host(module: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    """Check the settings against this host before anything large is allocated. Raises EngineError."""
+    world_size = dist.get_world_size()
+    if config.zero_stage == 3 and world_size == 1 and not config.offloads:
+        logger.warning(
+            "zero_stage: 3 with one rank shards nothing and only adds work; zero_stage: 1 takes less memory and time"
+        )
+    if config.offloads and device.type == "cpu":
+        logger.warning(
+            "offload moves state from a GPU to the host, but this rank trains on the CPU: it only costs memory"
+        )
+    if "nvme" in (config.offload_optimizer, config.offload_parameters):
+        _require_nvme(Path(str(config.nvme_path)))
+    if config.offloads:
+        parameters = list(module.parameters())
+        memory = state_bytes(
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+            config,
+            world_size,
+        )
+        # A launcher that sets no LOCAL_WORLD_SIZE is counted as one rank per host: the check then errs to pass.
+        needed = memory.host * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise EngineError(
+                f"offload needs {needed:,} bytes of host memory for the ranks of this host, {available:,} are "
+                "available; offload less, to nvme, or over more hosts"
+            )
+
+
+def _require_nvme(path: Path) -> None:
+    if not path.is_dir():
+        raise EngineError(f"nvme_path {path} is not a folder; create it on a fast local disk")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise EngineError(f"nvme_path {path} cannot be written: {error}; choose another folder") from error
+    try:
+        native_ops.load("async_io")
+    except native_ops.NativeBuildError as error:
+        raise EngineError(f"offload to nvme is not possible on this host: {error}") from error
 
 
 def skip_shared_memory_build() -> None:

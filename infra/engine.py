@@ -1,12 +1,15 @@
 """What a training step needs from an engine, and the readable reference that computes it in plain torch.
 
-A step is: `loss = ...engine.module(...)`, `engine.backward(loss)` once or several times, `engine.step(lr)`.
+A step is: `loss = ...engine.module(...)`, `engine.backward(loss)`, `engine.step(lr)`; several backward calls
+stand inside `with engine.accumulate():`, which is left before `step`.
 Checkpoint directories come from `infra.checkpoint`, which also verifies them before `load` is called.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,8 +43,24 @@ class Engine(Protocol):
         """Global norm of the averaged gradient of the last step, before clipping; None before the first."""
         ...
 
-    def backward(self, loss: Tensor, is_last: bool = True) -> None:
-        """Add the gradient of `loss` (0-dim). `is_last` False if more backward calls come before `step`."""
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Inside, any number of `backward` calls add up to one gradient; leave it before `step`.
+
+        One such block, or a single `backward` without it, makes a step; anything else raises EngineError. All
+        ranks make the same number of calls, and each call reaches the same parameters on all of them.
+        """
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` (0-dim), as it is: nothing is divided by a number of calls."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Averaged gradient of every trainable parameter, in fp32 on the CPU, on every rank.
+
+        Between the last `backward` (or the end of `accumulate`) and `step`; else EngineError. Zero where no
+        backward call reached a parameter. It gathers everything: for tests and diagnosis.
+        """
         ...
 
     def step(self, lr: float) -> None:
@@ -59,6 +78,59 @@ class Engine(Protocol):
     def consolidated_state_dict(self) -> dict[str, Tensor]:
         """Whole model in fp32 on the CPU at rank 0; an empty dict on other ranks."""
         ...
+
+
+class StepOrder:
+    """Refuses calls out of order, which would otherwise train on a part of the gradient without a word."""
+
+    def __init__(self) -> None:
+        self._state: Literal["empty", "open", "ready", "broken"] = "empty"
+        self._num_backward = 0
+
+    @property
+    def is_first_backward(self) -> bool:
+        return self._num_backward == 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `accumulate` has been entered and not left."""
+        return self._state == "open"
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        if self._state != "empty":
+            raise EngineError(f"accumulate() was entered {self._found()}; {_ORDER}")
+        self._state = "open"
+        try:
+            yield
+        except BaseException:
+            self._state = "broken"
+            raise
+        self._state = "ready"
+
+    def count_backward(self) -> None:
+        if self._state in ("ready", "broken"):
+            raise EngineError(f"backward() was called {self._found()}; {_ORDER}")
+        self._num_backward += 1
+        if self._state == "empty":
+            self._state = "ready"
+
+    def require_gradient(self, call: str) -> None:
+        if self._state != "ready" or self._num_backward == 0:
+            raise EngineError(f"{call}() was called {self._found()}; {_ORDER}")
+
+    def reset(self) -> None:
+        self._state, self._num_backward = "empty", 0
+
+    def _found(self) -> str:
+        if self._state == "broken":
+            return "after an error had ended accumulate(), which left a part of a gradient: load a checkpoint"
+        if self._state == "open":
+            return "inside accumulate()"
+        return f"after {self._num_backward} backward calls since the last step"
+
+
+_ORDER = "a step is one backward(), or one `with accumulate():` around several, then step()"
 
 
 class PlainEngine:
@@ -84,9 +156,9 @@ class PlainEngine:
         masters = {p: p.detach().float().clone() for p in module.parameters() if p.requires_grad}
         self._pairs = [(p, masters[p]) for group in parameter_groups for p in group["params"]]
         groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in parameter_groups]
-        self._optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
+        require_precision(config, self._device)
+        self._optimizer = adamw(groups, config, self._device)
+        self._order = StepOrder()
         self._grad_norm: float | None = None
 
     @property
@@ -105,10 +177,24 @@ class PlainEngine:
     def grad_norm(self) -> float | None:
         return self._grad_norm
 
-    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+    def accumulate(self) -> AbstractContextManager[None]:
+        return self._order.accumulating()
+
+    def backward(self, loss: Tensor) -> None:
+        self._order.count_backward()
         loss.backward()
 
+    def gradients(self) -> dict[str, Tensor]:
+        self._order.require_gradient("gradients")
+        return {
+            name: to_portable(_average(torch.zeros_like(p) if p.grad is None else p.grad.clone()))
+            for name, p in self._module.named_parameters()
+            if p.requires_grad
+        }
+
     def step(self, lr: float) -> None:
+        self._order.require_gradient("step")
+        self._order.reset()
         for parameter, master in self._pairs:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             master.grad = _average(gradient).float()
@@ -148,6 +234,7 @@ class PlainEngine:
             for (_, master), saved in zip(self._pairs, state["masters"], strict=True):
                 master.copy_(saved)
         self._optimizer.load_state_dict(state["optimizer"])
+        self._order.reset()
 
     def consolidated_state_dict(self) -> dict[str, Tensor]:
         if rank() != 0:
@@ -177,6 +264,51 @@ def torch_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def adamw(
+    groups: ParameterGroups, config: EngineConfig, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """AdamW as the settings name it, over parameters on `device`. The learning rate is 0: `step` sets it.
+
+    Not `foreach`, torch's own choice: it allocates the size of the moments anew at every step, and that step is
+    then the peak of memory. Raises EngineError where the 8-bit optimizer cannot run.
+    """
+    common: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw_8bit":
+        return _bitsandbytes(device).AdamW8bit(groups, **common)
+    return torch.optim.AdamW(groups, **common, foreach=False, fused=config.optimizer == "fused_adamw")
+
+
+def _bitsandbytes(device: torch.device | None) -> Any:
+    if device is None or device.type != "cuda":
+        raise EngineError(
+            "optimizer: adamw_8bit needs a GPU, and this rank trains on the CPU; set optimizer: adamw"
+        )
+    try:
+        return importlib.import_module("bitsandbytes").optim
+    except ImportError as error:
+        raise EngineError(
+            f"optimizer: adamw_8bit needs the package bitsandbytes, which cannot be imported ({error}); install it "
+            "(pip install bitsandbytes) or set optimizer: adamw"
+        ) from error
+
+
+def require_precision(config: EngineConfig, device: torch.device) -> None:
+    """Raise EngineError for bf16 on a GPU that only emulates it; a CPU computes it in any case."""
+    if config.precision != "bf16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise EngineError(
+            f"precision: bf16 needs a GPU of compute capability 8.0 or later (A100, RTX 30); {name} is not one; set "
+            "precision: fp32"
+        )
+
+
 def set_learning_rate(groups: Sequence[dict[str, Any]], lr: float) -> None:
     for group in groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -200,7 +332,8 @@ def _start_equal(module: nn.Module) -> None:
 
 
 def _average(gradient: Tensor) -> Tensor:
+    """Mean over ranks, in place."""
     if not dist.is_initialized():
         return gradient
     dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
+    return gradient.div_(dist.get_world_size())

@@ -101,7 +101,7 @@ def test_a_key_like_nothing_lists_the_valid_keys() -> None:
 
 def test_values_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="engine: offload_optimizer needs zero_stage 1, 2 or 3"):
-        validate(Recipe, {"engine": {"zero_stage": 0, "offload_optimizer": True}}, "text")
+        validate(Recipe, {"engine": {"zero_stage": 0, "offload_optimizer": "cpu"}}, "text")
 
 
 def test_overrides_reach_into_lists_and_leave_the_original_alone() -> None:

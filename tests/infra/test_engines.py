@@ -74,3 +74,8 @@ def test_every_zero_stage_equals_the_plain_engine_and_resumes_bit_for_bit(tmp_pa
     assert not list(folder.rglob("*.py"))
     run_two(cases.load_and_train, str(folder), tmp_path)
     run_two(cases.load_at_another_size, str(folder), tmp_path, world_size=1)
+
+
+@pytest.mark.dist
+def test_many_backward_calls_give_the_gradients_of_the_plain_engine(tmp_path: Path) -> None:
+    run_two(cases.compare_accumulation, "", tmp_path)
