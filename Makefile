@@ -7,7 +7,7 @@ WORKSPACE ?= demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check format setup native clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/svitt demo --workspace $(WORKSPACE)
@@ -26,6 +26,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 setup: $(VENV)/.runtime
+
+# DeepSpeed's optimizer on the CPU, for offload_optimizer; otherwise built by the first run that needs it.
+native: $(VENV)/.runtime
+	@$(BIN)/python -m infra.native_ops
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 12) else f"{sys.executable} is Python {v[0]}.{v[1]}; this project runs on 3.11 and 3.12: make PYTHON=python3.12 ...")'

@@ -37,10 +37,11 @@ class EngineConfig(Settings):
         default="fp32", description="bf16 keeps fp32 master weights in the optimizer, unless bf16_states."
     )
     bf16_states: bool = Field(
-        default=False, description="Master weights and both AdamW moments in bf16: half the optimizer's memory."
+        default=False,
+        description="Master weights and both AdamW moments in bf16: half the optimizer's memory.",
     )
     optimizer: Literal["adamw", "fused_adamw", "adamw_8bit"] = Field(
-        default="adamw",
+        default="fused_adamw",
         description="adamw: torch, one parameter after another; fused_adamw: torch's fused kernel; adamw_8bit: "
         "moments in 8 bits by bitsandbytes, on a GPU. Where the optimizer is offloaded, DeepSpeedCPUAdam computes.",
     )
@@ -58,7 +59,8 @@ class EngineConfig(Settings):
         "at every backward call, so ZeRO 2 and 3 hold only their part (less memory, more traffic).",
     )
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
-        default="none", description="Where ZeRO keeps master weights and moments: GPU, host or NVMe (stage 3)."
+        default="none",
+        description="Where ZeRO keeps master weights and moments: GPU, host or NVMe (stage 3).",
     )
     offload_parameters: Literal["none", "cpu", "nvme"] = Field(
         default="none", description="Where ZeRO 3 keeps parameters that no layer is computing with."

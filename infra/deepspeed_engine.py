@@ -39,7 +39,7 @@ from infra.engine import (
     to_portable,
     torch_dtype,
 )
-from infra.engine_memory import state_bytes
+from infra.engine_memory import NVME_BUFFER_ELEMENTS, SUB_GROUP_ELEMENTS, state_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +248,12 @@ def deepspeed_dict(config: EngineConfig, micro_batch_size: int, on_gpu: bool) ->
     if config.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket_elements,
+            # By default a model below a billion parameters stays whole on every rank from its first use on.
+            "stage3_max_live_parameters": bucket_elements,
+            "stage3_max_reuse_distance": bucket_elements,
             "stage3_param_persistence_threshold": 10_000,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "sub_group_size": SUB_GROUP_ELEMENTS,
         }
     for key, place in (
         ("offload_optimizer", config.offload_optimizer),
@@ -259,6 +263,9 @@ def deepspeed_dict(config: EngineConfig, micro_batch_size: int, on_gpu: bool) ->
             zero[key] = {"device": place, "pin_memory": on_gpu}
         if place == "nvme":
             zero[key]["nvme_path"] = config.nvme_path
+    if config.offload_parameters == "nvme":
+        # By default a billion elements stay in host memory and a gigabyte of buffers is pinned.
+        zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": NVME_BUFFER_ELEMENTS}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,  # the caller marks its bounds: Engine.accumulate
@@ -279,9 +286,7 @@ def deepspeed_dict(config: EngineConfig, micro_batch_size: int, on_gpu: bool) ->
     }
 
 
-def _optimizer(
-    groups: ParameterGroups, config: EngineConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def _optimizer(groups: ParameterGroups, config: EngineConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW for the place where its states will be: on the host DeepSpeed's own, which must be compiled."""
     groups = [dict(group) for group in groups]  # ZeRO puts its partitions into them
     if config.offload_optimizer == "none":
@@ -295,7 +300,8 @@ def _optimizer(
                 "or offload_optimizer: none"
             ) from error
         logger.warning(
-            "offload_optimizer: torch's AdamW computes on the host, slower than DeepSpeed's cpu_adam: %s", error
+            "offload_optimizer: torch's AdamW computes on the host, slower than DeepSpeed's cpu_adam: %s",
+            error,
         )
         return adamw(groups, config, torch.device("cpu"))
     from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -112,8 +112,8 @@ def _require_tools(name: OpName, builder: Any) -> None:
 def main() -> None:
     """Build the named operations (by default cpu_adam) ahead of the first run that needs them."""
     parser = argparse.ArgumentParser(prog="python -m infra.native_ops", description=main.__doc__)
-    parser.add_argument("names", nargs="*", default=["cpu_adam"], help=", ".join(_BUILDERS))
-    names: list[OpName] = parser.parse_args().names
+    parser.add_argument("--name", choices=list(_BUILDERS), action="append", help="default: cpu_adam")
+    names: list[OpName] = parser.parse_args().name or ["cpu_adam"]
     prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in names:

@@ -1,17 +1,23 @@
 """What the ranks of the engine tests run; a module of its own so that spawned processes can import it."""
 
 import contextlib
+import gc
 import math
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from infra import native_ops
 from infra.config import EngineConfig
 from infra.engine import EngineError, build_engine
+from infra.engine_memory import state_bytes
 
 
 class Tiny(nn.Module):
@@ -216,3 +222,100 @@ def compare_runs(found: Any, expected: Any, case: str) -> None:
 
 def close(found: Tensor, expected: Tensor, where: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6, msg=lambda text: f"{where}: {text}")
+
+
+def refuse_what_the_host_lacks(rank: int, folder: str) -> None:
+    """Each fault with its message; none gets as far as DeepSpeed."""
+    from infra import deepspeed_engine
+
+    def build(**settings: Any) -> None:
+        module = tiny()
+        build_engine(module, groups(module), EngineConfig(**settings), micro_batch_size=4)
+
+    def fails(message: str, **settings: Any) -> None:
+        with pytest.raises(EngineError, match=message):
+            build(**settings)
+
+    nvme = {"zero_stage": 3, "offload_optimizer": "nvme"}
+    fails("nvme_path .*missing is not a folder; create it", **nvme, nvme_path=f"{folder}/missing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_ops, "load", refuse_to_build)
+        fails("nvme is not possible on this host: async_io is not built", **nvme, nvme_path=folder)
+        states = {"zero_stage": 2, "precision": "bf16", "bf16_states": True, "offload_optimizer": "cpu"}
+        fails(
+            "bf16_states with offload_optimizer needs DeepSpeed's cpu_adam: .* set bf16_states: false",
+            **states,
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", refuse_to_write)
+        fails("nvme_path .* cannot be written: .*read-only.* choose another folder", **nvme, nvme_path=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+        fails(r"offload needs [\d,]{3,} bytes of host memory .*, 100 are available", offload_optimizer="cpu")
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed_engine.logger, "warning", lambda text, *values: lines.append(text % values))
+        build(zero_stage=3)
+        patch.setattr(native_ops, "load", refuse_to_build)
+        build(zero_stage=1, offload_optimizer="cpu")
+    assert "zero_stage: 3 with one rank shards nothing" in lines[0]
+    assert "this rank trains on the CPU: it only costs memory" in lines[1]
+    assert "torch's AdamW computes on the host" in lines[2]
+
+
+def refuse_to_write(**_: Any) -> None:
+    raise OSError(30, "read-only file system")
+
+
+class Layers(nn.Module):
+    """2.1 million parameters, of which a quarter are frozen; large enough that states outweigh everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+        self.layers[:2].requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+MEMORY = [
+    {"backend": "plain"},
+    {"backend": "plain", "precision": "bf16"},
+    {"zero_stage": 0},
+    {"zero_stage": 1},
+    {"zero_stage": 2, "precision": "bf16"},
+    {"zero_stage": 3},
+    {"zero_stage": 3, "precision": "bf16"},
+    {"zero_stage": 2, "precision": "bf16", "bf16_states": True},
+]
+
+
+def compare_memory(rank: int, _: str) -> None:
+    """Live tensors between two steps against the formulas, which no activation disturbs."""
+    for case in MEMORY:
+        before = live_bytes()
+        module = Layers()
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        numbers = [sum(p.numel() for p in some) for some in (module.parameters(), trainable)]
+        config = EngineConfig(**case, bucket_bytes=2**16)
+        engine = build_engine(module, [{"params": trainable}], config, micro_batch_size=1)
+        inputs = torch.ones(1, 512, dtype=engine.dtype)
+        for _step in range(2):
+            engine.backward(engine.module(inputs).float().square().mean())
+            engine.step(lr=0.0)
+        found = live_bytes() - before - inputs.nbytes
+        expected = state_bytes(*numbers, config, dist.get_world_size()).resident
+        assert abs(found / expected - 1) < 0.03, f"{case}: found {found}, expected {expected}"
+        if case.get("backend") != "plain":
+            engine._engine.destroy()  # type: ignore[attr-defined]
+        del engine, module, trainable, inputs
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that a tensor or its gradient holds."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

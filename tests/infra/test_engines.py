@@ -1,5 +1,7 @@
 """PlainEngine by hand; DeepSpeedEngine against PlainEngine; resuming bit for bit."""
 
+import re
+import sys
 from pathlib import Path
 
 import engine_cases as cases
@@ -10,7 +12,7 @@ from torch import nn
 from two_ranks import run_two
 
 from infra.config import EngineConfig
-from infra.engine import EngineError, PlainEngine, build_engine
+from infra.engine import EngineError, PlainEngine, adamw, build_engine, require_precision
 
 
 def test_the_first_step_of_the_plain_engine_is_adamw_by_hand() -> None:
@@ -79,3 +81,110 @@ def test_every_zero_stage_equals_the_plain_engine_and_resumes_bit_for_bit(tmp_pa
 @pytest.mark.dist
 def test_many_backward_calls_give_the_gradients_of_the_plain_engine(tmp_path: Path) -> None:
     run_two(cases.compare_accumulation, "", tmp_path)
+
+
+def plain(**settings: object) -> PlainEngine:
+    module = tiny()
+    return PlainEngine(module, groups(module), EngineConfig(backend="plain", **settings))  # type: ignore[arg-type]
+
+
+def test_gradients_are_those_of_the_step_and_zero_where_none_came() -> None:
+    engine = plain()
+    engine.backward(engine.module.scale.sum() * 3)
+    gradients = engine.gradients()
+    assert gradients["scale"].item() == 3
+    assert not gradients["first.weight"].any()
+    engine.step(lr=0.1)
+    assert engine.grad_norm == pytest.approx(3)
+
+
+def test_calls_out_of_order_are_refused() -> None:
+    engine = plain()
+
+    def loss() -> torch.Tensor:
+        return engine.module(torch.ones(1, 3)).sum()
+
+    with pytest.raises(EngineError, match=r"step\(\) was called after 0 backward calls"):
+        engine.step(lr=0.1)
+    engine.backward(loss())
+    with pytest.raises(EngineError, match=r"backward\(\) was called after 1 backward calls .* accumulate"):
+        engine.backward(loss())
+    with (
+        pytest.raises(EngineError, match=r"accumulate\(\) was entered after 1 backward"),
+        engine.accumulate(),
+    ):
+        pass
+    engine.step(lr=0.1)
+    with engine.accumulate():
+        engine.backward(loss())
+        with pytest.raises(EngineError, match=r"step\(\) was called inside accumulate"):
+            engine.step(lr=0.1)
+        with pytest.raises(EngineError, match=r"gradients\(\) was called inside accumulate"):
+            engine.gradients()
+    engine.step(lr=0.1)
+    with pytest.raises(EngineError, match="after 0 backward calls"), engine.accumulate():
+        raise EngineError("after 0 backward calls")
+    with pytest.raises(EngineError, match=r"after an error had ended accumulate\(\)"):
+        engine.step(lr=0.1)
+
+
+def test_the_fused_optimizer_computes_the_same() -> None:
+    one, other = plain(optimizer="adamw"), plain(optimizer="fused_adamw")
+    assert train(one, 0, range(3)) == pytest.approx(train(other, 0, range(3)), rel=1e-5)
+    for name, tensor in one.consolidated_state_dict().items():
+        torch.testing.assert_close(other.consolidated_state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_the_8_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match=r"adamw_8bit needs a GPU.*set optimizer: adamw"):
+        plain(optimizer="adamw_8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    module = tiny()
+    with pytest.raises(EngineError, match=r"needs the package bitsandbytes.*pip install bitsandbytes"):
+        adamw(groups(module), EngineConfig(optimizer="adamw_8bit"), torch.device("cuda"))
+
+
+def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(EngineError, match=r"bf16 needs a GPU.*Tesla T4 is not one; set precision: fp32"):
+        require_precision(EngineConfig(precision="bf16"), torch.device("cuda"))
+    require_precision(EngineConfig(precision="bf16"), torch.device("cpu"))
+    require_precision(EngineConfig(precision="fp32"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"backend": "plain", "offload_optimizer": "cpu"}, "offload_optimizer needs backend: deepspeed"),
+        ({"zero_stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer needs zero_stage 1, 2 or 3"),
+        ({"zero_stage": 2, "offload_parameters": "cpu"}, "offload_parameters needs zero_stage 3 (it is 2)"),
+        ({"zero_stage": 2, "offload_optimizer": "nvme"}, "offload_optimizer: nvme needs zero_stage 3"),
+        ({"zero_stage": 3, "offload_optimizer": "nvme"}, "offload_optimizer: nvme needs nvme_path"),
+        ({"zero_stage": 3, "offload_parameters": "nvme"}, "offload_parameters: nvme needs nvme_path"),
+        ({"nvme_path": "/tmp"}, "nvme_path is set but nothing is offloaded to nvme"),
+        ({"optimizer": "adamw_8bit", "offload_optimizer": "cpu"}, "adamw_8bit works on the GPU"),
+        ({"bf16_states": True}, "bf16_states needs precision: bf16 (it is fp32)"),
+        (
+            {"bf16_states": True, "precision": "bf16", "zero_stage": 0},
+            "bf16_states needs zero_stage 1, 2 or 3",
+        ),
+        (
+            {"bf16_states": True, "precision": "bf16", "backend": "plain"},
+            "bf16_states needs backend: deepspeed",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        EngineConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.dist
+def test_what_a_host_cannot_do_is_said_before_deepspeed_starts(tmp_path: Path) -> None:
+    run_two(cases.refuse_what_the_host_lacks, str(tmp_path), tmp_path, world_size=1)
+
+
+@pytest.mark.dist
+def test_states_take_the_bytes_that_are_computed_for_them(tmp_path: Path) -> None:
+    run_two(cases.compare_memory, "", tmp_path)
