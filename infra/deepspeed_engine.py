@@ -311,7 +311,7 @@ def _optimizer(groups: ParameterGroups, config: EngineConfig, device: torch.devi
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay,  # type: ignore[arg-type]  # its default is an int
         fp32_optimizer_states=not config.bf16_states,
     )
 

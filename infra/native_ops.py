@@ -83,7 +83,8 @@ def clear_stale_locks(name: OpName) -> list[Path]:
 def _build(name: OpName, folder: Path) -> Any:
     from deepspeed.accelerator import get_accelerator  # heavy: only where it is used
 
-    builder: Any = get_accelerator().create_op_builder(_BUILDERS[name])
+    accelerator: Any = get_accelerator()
+    builder = accelerator.create_op_builder(_BUILDERS[name])
     if not is_built(name):
         _require_tools(name, builder)
         logger.info("building DeepSpeed's %s into %s: 1 to 2 minutes, once per machine", name, folder)
