@@ -107,35 +107,55 @@ def compare_engines(rank: int, settings: dict[str, Any]) -> None:
         assert comm.comm.cdb.shm_comm_op is None, "DeepSpeed compiled its shared-memory collectives"
 
 
+SAVED = [
+    {"zero_stage": 2},
+    {"zero_stage": 2, "offload_optimizer": "cpu", "gradient_reduction": "backward"},
+    {"zero_stage": 3, "precision": "bf16", "optimizer": "adamw"},
+    {"zero_stage": 1, "precision": "bf16", "bf16_states": True},
+]
+
+
 def train_and_save(rank: int, folder: str) -> None:
-    module = tiny()
-    engine = build_engine(module, groups(module), EngineConfig(zero_stage=2), micro_batch_size=4)
-    train(engine, rank, range(2))
-    engine.save(Path(folder))
-    train(engine, rank, range(2, 4))
-    state = engine.consolidated_state_dict()
-    if rank == 0:
-        torch.save(state, Path(folder) / "calm.pt")
+    for case, saved in zip(SAVED, saved_folders(folder), strict=True):
+        engine = saved_engine(0, case)
+        train(engine, rank, range(2), num_micro=2)
+        saved.mkdir(exist_ok=True)
+        engine.save(saved)
+        train(engine, rank, range(2, 4), num_micro=2)
+        state = engine.consolidated_state_dict()
+        if rank == 0:
+            torch.save(state, saved / "calm.pt")
 
 
 def load_and_train(rank: int, folder: str) -> None:
-    module = tiny(seed=9)
-    engine = build_engine(module, groups(module), EngineConfig(zero_stage=2), micro_batch_size=4)
-    engine.load(Path(folder))
-    train(engine, rank, range(2, 4))
-    state = engine.consolidated_state_dict()
-    if rank == 0:
-        calm = torch.load(Path(folder) / "calm.pt", weights_only=True)
-        assert state.keys() == calm.keys()
-        for name, tensor in state.items():
-            assert torch.equal(tensor, calm[name]), name
+    for case, saved in zip(SAVED, saved_folders(folder), strict=True):
+        engine = saved_engine(9, case)
+        engine.load(saved)
+        train(engine, rank, range(2, 4), num_micro=2)
+        state = engine.consolidated_state_dict()
+        if rank == 0:
+            calm = torch.load(saved / "calm.pt", weights_only=True)
+            assert state.keys() == calm.keys()
+            for name, tensor in state.items():
+                assert torch.equal(tensor, calm[name]), f"{case}: {name}"
+
+
+def saved_folders(folder: str) -> list[Path]:
+    return [Path(folder) / str(i) for i in range(len(SAVED))]
+
+
+def saved_engine(seed: int, case: dict[str, Any]) -> Any:
+    module = tiny(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_ops, "load", refuse_to_build)
+        return build_engine(module, groups(module), EngineConfig(**case), micro_batch_size=4)
 
 
 def load_at_another_size(rank: int, folder: str) -> None:
     module = tiny()
     engine = build_engine(module, groups(module), EngineConfig(zero_stage=2), micro_batch_size=4)
     with pytest.raises(EngineError, match="at world size 1 and ZeRO stage 2 failed"):
-        engine.load(Path(folder))
+        engine.load(saved_folders(folder)[0])
 
 
 class TwoParts(nn.Module):
