@@ -166,7 +166,9 @@ def train(
         tracker.metrics(step, {"perf/save_s": time.monotonic() - began_s})
 
     step_seed = derive_seed(context.recipe.seed, "step", context.number)
-    train_step = TrainStep(engine, step_seed, context.ranks.rank, pace.learning_rate_at)
+    train_step = TrainStep(
+        engine, step_seed, context.ranks.rank, pace.learning_rate_at, context.stage.micro_batch_size
+    )
     hooks = Hooks(
         train_step=train_step,
         leave_out=DamagedSteps(

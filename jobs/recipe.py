@@ -54,12 +54,22 @@ class StageConfig(Settings):
     )
     num_epochs: float | None = Field(default=None, gt=0)
     global_batch_size: int = Field(ge=2, description="Anchor clips per optimizer step over all ranks.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Clips that a rank encodes at once, companions counted; null = all it has of a step. It decides "
+        "memory and speed, never the losses.",
+    )
     scene_companions: bool = Field(
         default=False, description="Adds one clip of the same video and minute per anchor (EgoNCE)."
     )
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     floor: float = Field(default=0.01, ge=0, le=1, description="Lowest share of the learning rate.")
+
+    def clips_per_rank(self, num_workers: int) -> int:
+        """Clips of one step on one rank, companions counted."""
+        return self.global_batch_size // num_workers * (2 if self.scene_companions else 1)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -143,6 +153,12 @@ class Recipe(Settings):
             raise ValueError(
                 f"stage {stage.name}: global_batch_size {stage.global_batch_size} does not divide by "
                 f"cluster.num_workers {self.cluster.num_workers}"
+            )
+        clips_per_rank = stage.clips_per_rank(self.cluster.num_workers)
+        if stage.micro_batch_size is not None and stage.micro_batch_size > clips_per_rank:
+            raise ValueError(
+                f"stage {stage.name}: micro_batch_size {stage.micro_batch_size} exceeds the {clips_per_rank} clips "
+                f"that each of {self.cluster.num_workers} ranks has of a step; lower it, or leave it out"
             )
         try:
             self.stage_model(stage)

@@ -12,6 +12,7 @@ from model.average_attention import average_attention
 from model.config import VideoConfig
 from model.lean_mlp import gelu_linear
 from model.official_attention import official_attention
+from model.row_draws import RowDraws
 from model.sparsity import EdgeLayout
 
 NORM_EPS = 1e-12
@@ -100,20 +101,27 @@ class VideoBlock(nn.Module):
         codes: Int[Tensor, "*B n"],
         layout: EdgeLayout | None,
         with_scores: bool,
+        draws: RowDraws | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens after the layer (B, N, D), and scores of the patches (B, n) if asked for."""
+        """Tokens after the layer (B, N, D), and scores of the patches (B, n) if asked for.
+
+        Drop path is on when `draws` are given.
+        """
         mixed, scores = self.attention(self.attention_norm(tokens_BND), codes, layout, with_scores)
-        tokens_BND = torch.addcmul(tokens_BND, mixed, self._branch_scale(self.attention_scale, tokens_BND))
+        tokens_BND = torch.addcmul(
+            tokens_BND, mixed, self._branch_scale(self.attention_scale, draws and draws.at(0))
+        )
         hidden = gelu_linear(self.mlp_in(self.mlp_norm(tokens_BND)), self.mlp_out.weight, self.mlp_out.bias)
-        tokens_BND = torch.addcmul(tokens_BND, hidden, self._branch_scale(self.mlp_scale, tokens_BND))
+        tokens_BND = torch.addcmul(
+            tokens_BND, hidden, self._branch_scale(self.mlp_scale, draws and draws.at(1))
+        )
         return tokens_BND, scores
 
-    def _branch_scale(self, scale_D: Tensor, tokens_BND: Tensor) -> Tensor:
+    def _branch_scale(self, scale_D: Tensor, draws: RowDraws | None) -> Tensor:
         """LayerScale times the drop path of each clip: 0 for a dropped branch, 1 / (1 - rate) for a kept
         one.
         """
-        if not self.training or self.drop_path == 0:
+        if draws is None or self.drop_path == 0:
             return scale_D
-        keep = 1 - self.drop_path
-        kept_B11 = tokens_BND.new_empty(tokens_BND.shape[0], 1, 1).bernoulli_(keep)
-        return scale_D * (kept_B11 / keep)
+        kept_B11 = draws.keep(self.drop_path, 1, 1).to(scale_D.dtype)
+        return scale_D * (kept_B11 / (1 - self.drop_path))

@@ -1,10 +1,8 @@
-"""Gathering over ranks with exact gradients; the only user of torch.distributed in this package."""
-
-from typing import Any
+"""Rows and sums over ranks, without gradient; the only user of torch.distributed in this package."""
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 
@@ -29,25 +27,15 @@ def all_gather_rows(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "G ..."]:
     return torch.cat(parts)
 
 
-def all_gather_with_gradient(rows: Float[Tensor, "B ..."]) -> Float[Tensor, "G ..."]:
-    """Rows of all ranks in rank order; the backward pass sums the gradients that all ranks hold for a row.
-
-    When every rank computes the same loss from the gathered rows, that sum is world_size times the gradient
-    of the loss, and the mean over ranks that the engine takes afterwards gives exactly the single-process
-    gradient.
-    """
+def sum_over_ranks(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """Sum of the tensors of all ranks, on every rank."""
     if not is_distributed():
-        return rows
-    return _AllGather.apply(rows)  # pyright: ignore[reportReturnType]
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return all_gather_rows(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+def num_ranks() -> int:
+    """Ranks that a batch is spread over."""
+    return dist.get_world_size() if is_distributed() else 1

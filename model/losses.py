@@ -10,29 +10,47 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from model.collectives import all_gather_rows, is_distributed
+from model.row_draws import RowDraws, mix
+
 Directions = Literal["sum", "mean"]
+PositiveRule = Literal["action", "identity"]
 
 
-def positives_mask(
-    verbs_GV: Bool[Tensor, "G V"],
-    nouns_GU: Bool[Tensor, "G U"],
-    clip_index_G: Int[Tensor, " G"] | None = None,
-) -> Bool[Tensor, "G G"]:
-    """True where two rows are positives of one another.
+class ActionTags(NamedTuple):
+    """What decides which rows are positives of one another: multi-hot verbs and nouns, and the clip."""
 
-    A row is its own positive. So are rows that share at least one verb and at least one noun (EgoNCE,
-    arXiv 2206.01670); rows without tags share nothing. With `clip_index_G`, so are rows of the same clip.
-    """
-    mask = torch.eye(verbs_GV.shape[0], dtype=torch.bool, device=verbs_GV.device)
-    mask = mask | ((_shared(verbs_GV) > 0) & (_shared(nouns_GU) > 0))
-    if clip_index_G is not None:
-        mask = mask | (clip_index_G[:, None] == clip_index_G)
-    return mask
+    verbs_BV: Bool[Tensor, "B V"]
+    nouns_BU: Bool[Tensor, "B U"]
+    clip_index_B: Int[Tensor, " B"]
+
+    def rows(self, where: slice) -> "ActionTags":
+        """The tags of some rows."""
+        return ActionTags(*(part[where] for part in self))
+
+    def gathered(self) -> "ActionTags":
+        """The tags of all ranks, rank by rank."""
+        if not is_distributed():
+            return self
+        tags = all_gather_rows(torch.cat([self.verbs_BV, self.nouns_BU], dim=1).to(torch.uint8)).bool()
+        verbs, nouns = tags.split([self.verbs_BV.shape[1], self.nouns_BU.shape[1]], dim=1)
+        return ActionTags(verbs, nouns, all_gather_rows(self.clip_index_B))
+
+    def positives(self, columns: "ActionTags", rule: PositiveRule) -> Bool[Tensor, "B C"]:
+        """True where a row here and one of `columns` are positives of one another.
+
+        Rows of the same clip are. With rule `action` so are rows that share at least one verb and at least one
+        noun (EgoNCE, arXiv 2206.01670); rows without tags share nothing.
+        """
+        same_clip = self.clip_index_B[:, None] == columns.clip_index_B
+        if rule == "identity":
+            return same_clip
+        shares_verb = _shared(self.verbs_BV, columns.verbs_BV) > 0
+        return same_clip | (shares_verb & (_shared(self.nouns_BU, columns.nouns_BU) > 0))
 
 
-def _shared(tags: Tensor) -> Tensor:
-    tags = tags.float()
-    return tags @ tags.T
+def _shared(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows.float() @ columns.float().T
 
 
 def ego_nce(
@@ -68,52 +86,30 @@ def info_nce(
     return total if directions == "sum" else total / 2
 
 
-class Negatives(NamedTuple):
-    """For each text a video and for each video a text that do not match; `has_negative` False: row has
-    none.
-    """
-
-    video_of_text_B: Int[Tensor, " B"]
-    text_of_video_B: Int[Tensor, " B"]
-    has_negative_B: Bool[Tensor, " B"]
-
-
 @torch.no_grad()
 def sample_negatives(
-    logits_BB: Float[Tensor, "B B"],
-    positives_BB: Bool[Tensor, "B B"],
-    generator: torch.Generator,
+    logits_BC: Float[Tensor, "B C"],
+    positives_BC: Bool[Tensor, "B C"],
+    row_draws: RowDraws,
+    column_draws: RowDraws,
     hard: bool = True,
-) -> Negatives:
-    """Draw one negative for every text and every video, with probability softmax(logits) over the
-    non-positives.
+) -> Int[Tensor, " B"]:
+    """Draw a column for every row with probability softmax(logits) over the non-positives.
 
     `hard` False draws evenly among them. Positives are masked before the softmax, so a saturated one cannot
-    leave a row without mass. The draw is argmax(logits + Gumbel noise), the noise from the keyed CPU
-    generator.
+    leave a row without mass; what a row without any negative gets is of no use. The draw is argmax(logits + Gumbel
+    noise), the noise a function of the keys of row and column.
     """
-    size = logits_BB.shape[0]
-    uniform = torch.rand(2, size, size, generator=generator, dtype=torch.float64).clamp_min_(1e-300)
-    noise = (-(-uniform.log()).log()).float().to(logits_BB.device)
-    logits = logits_BB.float() if hard else torch.zeros_like(logits_BB, dtype=torch.float32)
-    forbidden = positives_BB | positives_BB.T
-    video_of_text = (logits + noise[0]).masked_fill(forbidden, float("-inf")).argmax(dim=1)
-    text_of_video = (logits.T + noise[1]).masked_fill(forbidden, float("-inf")).argmax(dim=1)
-    return Negatives(video_of_text, text_of_video, ~forbidden.all(dim=1))
+    keys_BC = mix(row_draws.keys_B[:, None] + mix(column_draws.keys_B))
+    uniform_BC = (keys_BC.double() + (2**31 + 0.5)) / 2**32
+    noise_BC = -(-uniform_BC.log()).log()
+    scores_BC = noise_BC.float() + logits_BC.float() if hard else noise_BC.float()
+    return scores_BC.masked_fill(positives_BC, float("-inf")).argmax(dim=1)
 
 
-def vtm_loss(logits_Q2: Float[Tensor, "Q 2"], has_negative_B: Bool[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Cross-entropy of matching over 3 B pairs: B matching, then B with a wrong video, then B with a wrong
-    text.
-
-    Rows without a negative are left out with all their pairs; 0 when no row has one.
-    """
-    num_rows = has_negative_B.shape[0]
-    labels = torch.zeros(3 * num_rows, dtype=torch.long, device=logits_Q2.device)
-    labels[:num_rows] = 1
-    weights = has_negative_B.float().repeat(3)
-    losses = functional.cross_entropy(logits_Q2.float(), labels, reduction="none")
-    return (losses * weights).sum() / weights.sum().clamp_min(1)
+def matching_losses(logits_Q2: Float[Tensor, "Q 2"], is_match_Q: Bool[Tensor, " Q"]) -> Float[Tensor, " Q"]:
+    """Cross-entropy of (no match, match) of each pair."""
+    return functional.cross_entropy(logits_Q2.float(), is_match_Q.long(), reduction="none")
 
 
 class MaskedText(NamedTuple):
@@ -126,7 +122,7 @@ class MaskedText(NamedTuple):
 def mask_tokens(
     text_ids_BL: Int[Tensor, "B L"],
     text_mask_BL: Bool[Tensor, "B L"],
-    generator: torch.Generator,
+    draws: RowDraws,
     *,
     probability: float,
     vocab_size: int,
@@ -135,12 +131,11 @@ def mask_tokens(
 ) -> MaskedText:
     """Select each token with `probability`; of those 80 % become mask_id, 10 % a random id, 10 % stay (BERT).
 
-    Padding and the ids in `never` (PAD, CLS) are not selected. Draws come from the keyed CPU generator.
+    Padding and the ids in `never` (PAD, CLS) are not selected.
     """
-    shape = text_ids_BL.shape
-    device = text_ids_BL.device
-    draw_BL, fate_BL = torch.rand(2, *shape, generator=generator).to(device)
-    random_BL = torch.randint(vocab_size, shape, generator=generator).to(device)
+    length = text_ids_BL.shape[1]
+    draw_BL, fate_BL, random_BL = draws.uniform(3, length).unbind(1)
+    random_BL = (random_BL * vocab_size).long()
     selected_BL = (draw_BL < probability) & text_mask_BL
     for special in never:
         selected_BL = selected_BL & (text_ids_BL != special)
@@ -148,7 +143,6 @@ def mask_tokens(
     return MaskedText(torch.where(selected_BL, hidden, text_ids_BL), selected_BL)
 
 
-def mlm_loss(logits_KV: Float[Tensor, "K V"], targets_K: Int[Tensor, " K"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the hidden words; 0 when there is none."""
-    losses = functional.cross_entropy(logits_KV.float(), targets_K, reduction="sum")
-    return losses / max(targets_K.shape[0], 1)
+def word_losses(logits_KV: Float[Tensor, "K V"], targets_K: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Cross-entropy of each hidden word."""
+    return functional.cross_entropy(logits_KV.float(), targets_K, reduction="none")

@@ -1,11 +1,12 @@
-"""Randomness as a function of (seed, purpose, step, rank): every draw of the model takes its seed from
-here.
-"""
+"""Randomness as a function of (seed, step, purpose): every draw of the model takes its seed from here."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from model.row_draws import RowDraws
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -16,22 +17,15 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepKey:
-    """Names one optimizer step on one rank. Draws differ by purpose, step and rank, and repeat exactly."""
+    """Names one optimizer step. Its draws differ by purpose and repeat exactly; all ranks hold the same key."""
 
     seed: int
     step: int
-    rank: int = 0
 
-    def integer(self, purpose: str, *index: int) -> int:
-        """Seed for one purpose; `index` separates several draws of the same purpose."""
-        return derive_seed(self.seed, purpose, self.step, self.rank, *index)
+    def integer(self, purpose: str) -> int:
+        """Seed of what the whole batch shares, such as random edges."""
+        return derive_seed(self.seed, purpose, self.step)
 
-    def generator(self, purpose: str, *index: int) -> torch.Generator:
-        """CPU generator for one purpose. Draws are made on the CPU so that every device sees the same
-        ones.
-        """
-        return torch.Generator().manual_seed(self.integer(purpose, *index))
-
-    def all_ranks(self) -> "StepKey":
-        """The key that all ranks share in this step, for draws that must agree (random edges)."""
-        return replace(self, rank=-1)
+    def rows(self, purpose: str, clip_index_B: Int[Tensor, " B"]) -> RowDraws:
+        """Draws of single clips or captions."""
+        return RowDraws.of(self.integer(purpose), clip_index_B)

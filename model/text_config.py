@@ -17,6 +17,9 @@ class TextConfig(FrozenSettings):
     max_length: PositiveInt = Field(default=512, description="position embeddings; captions may be shorter")
     dropout: float = Field(default=0.1, ge=0, lt=1)
     init_std: float = Field(default=0.02, gt=0)
+    recompute: bool = Field(
+        default=False, description="recompute each layer in the backward pass to save memory"
+    )
     pad_id: int = 0
     cls_id: int = 2
     mask_id: int = 4

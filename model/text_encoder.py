@@ -5,17 +5,20 @@ The first `fusion_layer` layers read text alone; the rest also attend to video t
 cross-attention is computed once a clip and shared by all the captions paired with it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPredictionHeadTransform
 
 from model.config import ModelConfig, TextConfig
 from model.errors import ModelInputError
+from model.lean_mlp import gelu_linear
+from model.row_draws import RowDraws
 from model.sparsity import draw_node_scores, keep_count, select_patches
 
 
@@ -49,11 +52,56 @@ class Fused(NamedTuple):
     keep_indices: tuple[Int[Tensor, "Q m"], ...]
 
 
-class FusionLayer(BertLayer):
+class TextLayer(BertLayer):
+    """A BERT layer whose dropout draws from row keys; transformers' weights, our forward pass."""
+
+    def __init__(self, config: TextConfig, with_cross_attention: bool = False) -> None:
+        super().__init__(bert_config(config, with_cross_attention))
+        self.rate = config.dropout
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        states_QLD: Float[Tensor, "Q L D"],
+        text_mask: Bool[Tensor, "Q 1 1 L"],
+        draws: RowDraws | None,
+    ) -> Float[Tensor, "Q L D"]:
+        """States after the layer; without `draws` nothing is dropped."""
+        return self.feed_forward(self.attend_text(states_QLD, text_mask, draws), draws)
+
+    def attend_text(self, states_QLD: Tensor, text_mask: Tensor, draws: RowDraws | None) -> Tensor:
+        """Self-attention with its residual and norm."""
+        attention = self.attention.self
+        q, k, v = (
+            _split_heads(project(states_QLD), attention.num_attention_heads)
+            for project in (attention.query, attention.key, attention.value)
+        )
+        mixed = attend(q, k, v, text_mask, self.rate, draws and draws.at(0))
+        return self.residual(self.attention.output, _join_heads(mixed), states_QLD, draws and draws.at(1))
+
+    def feed_forward(self, states_QLD: Tensor, draws: RowDraws | None) -> Tensor:
+        """Two linear maps with their residual and norm."""
+        hidden = self.intermediate.dense(states_QLD)
+        dense = self.output.dense
+        mapped = gelu_linear(hidden, dense.weight, dense.bias)
+        return self._add(self.output, mapped, states_QLD, draws and draws.at(2))
+
+    def residual(
+        self, output: nn.Module, mixed: Tensor, states_QLD: Tensor, draws: RowDraws | None
+    ) -> Tensor:
+        """The output map of an attention, added to what went in."""
+        return self._add(output, output.dense(mixed), states_QLD, draws)  # pyright: ignore
+
+    def _add(self, output: nn.Module, mapped: Tensor, states_QLD: Tensor, draws: RowDraws | None) -> Tensor:
+        if draws is not None:
+            mapped = draws.dropout(mapped, self.rate)
+        return output.LayerNorm(mapped + states_QLD)  # pyright: ignore
+
+
+class FusionLayer(TextLayer):
     """A BERT layer whose cross-attention reads the clip that each caption is paired with."""
 
     def __init__(self, config: TextConfig, video_width: int) -> None:
-        super().__init__(bert_config(config, with_cross_attention=True))
+        super().__init__(config, with_cross_attention=True)
         cross = self.crossattention.self
         if video_width != config.width:
             cross.key = nn.Linear(video_width, config.width)
@@ -67,18 +115,20 @@ class FusionLayer(BertLayer):
         clip_Q: Int[Tensor, " Q"] | None,
         kept_Qm: Int[Tensor, "Q m"] | None,
         score: str | None,
+        draws: RowDraws | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """States after the layer, and each pair's score of its patches if `score` names how to get one."""
         cross = self.crossattention.self
-        states_QLD = self.attention(states_QLD, text_mask)[0]
+        states_QLD = self.attend_text(states_QLD, text_mask, draws)
         q = _split_heads(cross.query(states_QLD), cross.num_attention_heads)
         k = self._video_side(cross.key(video_BMD), clip_Q, kept_Qm)
         v = self._video_side(cross.value(video_BMD), clip_Q, kept_Qm)
-        dropout = cross.dropout.p if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = attend(q, k, v, None, self.rate, draws and draws.at(3))
         scores = _patch_scores(q, k, score) if score else None
-        states_QLD = self.crossattention.output(mixed.transpose(1, 2).flatten(2), states_QLD)
-        return self.feed_forward_chunk(states_QLD), scores
+        states_QLD = self.residual(
+            self.crossattention.output, _join_heads(mixed), states_QLD, draws and draws.at(4)
+        )
+        return self.feed_forward(states_QLD, draws), scores
 
     def _video_side(self, video_BMD: Tensor, clip_Q: Tensor | None, kept_Qm: Tensor | None) -> Tensor:
         if clip_Q is not None:
@@ -87,6 +137,35 @@ class FusionLayer(BertLayer):
             with_cls = functional.pad(kept_Qm + 1, (1, 0))[..., None]
             video_BMD = video_BMD.gather(1, with_cls.expand(-1, -1, video_BMD.shape[-1]))
         return _split_heads(video_BMD, self.crossattention.self.num_attention_heads)
+
+
+def attend(
+    q: Float[Tensor, "Q h L d"],
+    k: Float[Tensor, "Q h M d"],
+    v: Float[Tensor, "Q h M d"],
+    mask: Bool[Tensor, "Q 1 1 M"] | None,
+    rate: float,
+    draws: RowDraws | None,
+) -> Float[Tensor, "Q h L d"]:
+    """Scaled dot product attention; with `draws`, weights are dropped with probability `rate`.
+
+    Fused attention takes its dropout from a generator, so with `draws` the weights are written out, and computed
+    again in the backward pass instead of kept.
+    """
+    if draws is None or rate == 0:
+        return functional.scaled_dot_product_attention(q, k, v, mask)
+    return checkpoint(
+        _dropped_attention, q, k, v, mask, rate, draws.keys_B, use_reentrant=False, preserve_rng_state=False
+    )  # pyright: ignore[reportReturnType]
+
+
+def _dropped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float, keys_Q: Tensor
+) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return RowDraws(keys_Q).dropout(scores.softmax(dim=-1), rate) @ v
 
 
 @torch.no_grad()
@@ -98,6 +177,10 @@ def _patch_scores(q: Tensor, k: Tensor, score: str) -> Tensor:
 
 def _split_heads(states: Tensor, num_heads: int) -> Tensor:
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _join_heads(mixed: Tensor) -> Tensor:
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class TiedDecoder(nn.Module):
@@ -149,9 +232,8 @@ class TextEncoder(nn.Module):
         text = config.text
         self.config = config
         self.embeddings = BertEmbeddings(bert_config(text, with_cross_attention=False))
-        self.layers = nn.ModuleList(
-            BertLayer(bert_config(text, with_cross_attention=False)) for _ in range(text.fusion_layer)
-        )
+        self.embeddings.dropout.p = 0.0  # it would read torch's generator; ours stands in `forward`
+        self.layers = nn.ModuleList(TextLayer(text) for _ in range(text.fusion_layer))
         self.layers.extend(FusionLayer(text, config.video.width) for _ in range(text.num_fusion_layers))
         words = self.embeddings.word_embeddings.weight
         assert isinstance(words, nn.Parameter)
@@ -171,13 +253,21 @@ class TextEncoder(nn.Module):
             self.embeddings.word_embeddings.weight[self.config.text.pad_id].zero_()
 
     def forward(
-        self, text_ids_BL: Int[Tensor, "B L"], text_mask_BL: Bool[Tensor, "B L"]
+        self,
+        text_ids_BL: Int[Tensor, "B L"],
+        text_mask_BL: Bool[Tensor, "B L"],
+        draws: RowDraws | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """States after the text layers. Raises ModelInputError for captions without tokens or too long."""
+        """States after the text layers; dropout is on when `draws` are given.
+
+        Raises ModelInputError for captions without tokens or too long.
+        """
         self._check(text_ids_BL, text_mask_BL)
         states = self.embeddings(text_ids_BL)
-        for layer in self.layers[: self.config.text.fusion_layer]:
-            states = layer(states, text_mask_BL[:, None, None])
+        if draws is not None:
+            states = draws.dropout(states, self.config.text.dropout)
+        for number, layer in enumerate(self.layers[: self.config.text.fusion_layer]):
+            states = self._run(layer, number, draws, states, text_mask_BL[:, None, None])
         return states
 
     def fuse(
@@ -187,8 +277,9 @@ class TextEncoder(nn.Module):
         video_BMD: Float[Tensor, "B M D"],
         clip_Q: Int[Tensor, " Q"] | None = None,
         seed: int | None = None,
+        draws: RowDraws | None = None,
     ) -> Fused:
-        """Fusion layers over pairs: text row q with video row clip_Q[q] (None: row q).
+        """Fusion layers over pairs: text row q with video row clip_Q[q] (None: row q); dropout if `draws` are given.
 
         With multimodal pruning, each pair keeps the patches that its text attends to most in a pruning layer;
         the layers after it see only those. CLS of the video always stays. Random pruning is a function of `seed`
@@ -202,7 +293,10 @@ class TextEncoder(nn.Module):
         for number in range(config.text.fusion_layer, config.text.depth):
             prunes = config.multimodal_keep_rate < 1 and number in config.multimodal_prune_layers
             score = config.multimodal_score if prunes and config.multimodal_score != "random" else None
-            states_QLD, scores = self.layers[number](states_QLD, mask, video_BMD, clip_Q, kept, score)
+            layer = self.layers[number]
+            states_QLD, scores = self._run(
+                layer, number, draws, states_QLD, mask, video_BMD, clip_Q, kept, score
+            )
             if prunes:
                 if scores is None:
                     alive = (video_BMD if kept is None else kept).shape[1] - (kept is None)
@@ -212,6 +306,13 @@ class TextEncoder(nn.Module):
                 keep_indices.append(chosen)
                 kept = chosen if kept is None else kept.gather(1, chosen)
         return Fused(states_QLD, tuple(keep_indices))
+
+    def _run(self, layer: nn.Module, number: int, draws: RowDraws | None, *arguments: Any) -> Any:
+        """One layer, computed again in the backward pass if the settings say so."""
+        draws = draws and draws.at(number)
+        if self.config.text.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, draws, use_reentrant=False, preserve_rng_state=False)
+        return layer(*arguments, draws)
 
     def _check(self, text_ids_BL: Tensor, text_mask_BL: Tensor) -> None:
         limit = self.config.text.max_length

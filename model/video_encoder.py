@@ -6,7 +6,7 @@ tables; `absolute_position_std` adds embeddings of time and place.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from model.attention import token_codes
 from model.blocks import NORM_EPS, PatchEmbedding, VideoAttention, VideoBlock
 from model.config import VideoConfig
 from model.errors import ModelInputError
+from model.row_draws import RowDraws
 from model.sparsity import (
     EdgeLayout,
     draw_layouts,
@@ -100,8 +101,9 @@ class VideoEncoder(nn.Module):
         video_BTCHW: Float[Tensor, "B T 3 H W"],
         edge_seed: int | None = None,
         layouts: Sequence[EdgeLayout | None] | None = None,
+        draws: RowDraws | None = None,
     ) -> VideoEncoding:
-        """Encode normalised clips.
+        """Encode normalised clips; drop path is on when `draws` are given.
 
         Random edges and random pruning are a function of `edge_seed` (None: the fixed seed of evaluation); edges
         may be given instead, as `layouts` of all layers. Raises ModelInputError when the clip's shape is not the
@@ -122,7 +124,8 @@ class VideoEncoder(nn.Module):
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_after(number)
             with_scores = prunes and config.prune_score != "random"
-            tokens, scores = self._run(layer, tokens, codes, layouts[number], with_scores)
+            arguments = (tokens, codes, layouts[number], with_scores, draws and draws.at(number))
+            tokens, scores = self._run(layer, *arguments)
             if prunes:
                 if scores is None:
                     scores = draw_node_scores(tokens.shape[1] - 1, seed, number).to(tokens.device)
@@ -135,13 +138,11 @@ class VideoEncoder(nn.Module):
         pooled = self.pooled_norm(tokens[:, 1:].mean(dim=1))
         return VideoEncoding(tokens, pooled, tuple(keep_indices))
 
-    def _run(
-        self, layer: nn.Module, tokens: Tensor, codes: Tensor, layout: EdgeLayout | None, with_scores: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.config.recompute and self.training and torch.is_grad_enabled():
-            # The layout is an argument, so that the second run sees the same edges as the first.
-            return checkpoint(layer, tokens, codes, layout, with_scores, use_reentrant=False)  # pyright: ignore
-        return layer(tokens, codes, layout, with_scores)
+    def _run(self, layer: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        if self.config.recompute and torch.is_grad_enabled():
+            # Edges and draws are arguments, so that the second run sees what the first one saw.
+            return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        return layer(*arguments)
 
     def _embed(self, video_BTCHW: Tensor) -> Tensor:
         patches = self.patch_embed(video_BTCHW.to(self.cls_token.dtype))

@@ -60,11 +60,11 @@ def fixed_batch(num_clips: int = 4) -> Batch:
     return Batch(pixels, ids, ids != 0, tags, tags, names, torch.arange(num_clips))
 
 
-def new_step(seed: int = 3, rank: int = 0) -> TrainStep:
+def new_step(seed: int = 3, micro_batch_size: int | None = None) -> TrainStep:
     model = tiny_model()
     engine = PlainEngine(model, parameter_groups(model, 0.0), EngineConfig(backend="plain"), CPU)
     engine.module.train()
-    return TrainStep(engine, seed, rank, learning_rate_at=lambda step: RATE)
+    return TrainStep(engine, seed, 0, lambda step: RATE, micro_batch_size)
 
 
 def weights(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -124,12 +124,11 @@ def test_global_random_state_does_not_decide_a_step() -> None:
     assert torch.equal(second(5, batch), expected)
 
 
-def test_another_step_seed_or_rank_draws_otherwise() -> None:
+def test_another_step_or_seed_draws_otherwise() -> None:
     batch = fixed_batch()
     base = new_step()(0, batch)
     assert not torch.equal(new_step()(1, batch), base)
     assert not torch.equal(new_step(seed=4)(0, batch), base)
-    assert not torch.equal(new_step(rank=1)(0, batch), base)
 
 
 def test_the_learning_rate_of_a_step_is_asked_for_that_step() -> None:

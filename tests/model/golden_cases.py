@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import VideoTextModel
 from model.attention import Backend, token_codes
-from model.losses import info_nce, mlm_loss, vtm_loss
+from model.losses import info_nce, word_losses
 from model.metrics import retrieval
 from model.official_weights import to_official
 from model.relative_bias import all_pair_rows
@@ -19,7 +19,7 @@ from model.sparsity import EdgeLayout, choose_random_blocks, local_blocks
 from model.token_order import token_order
 from model.video_encoder import VideoEncoding
 from model.weights import inflate_bias_table
-from tests.model.golden_set import GoldenSet, close, layouts_of, read_tensors
+from tests.model.golden_set import GoldenSet, close, layouts_of, mean_matching_loss, read_tensors
 
 HIDDEN, POOLED, LOGITS, GRADIENT, DOUBLE = 5e-5, 1e-5, 2e-4, 1e-4, 1e-9
 
@@ -171,8 +171,8 @@ def check_pretraining(golden: GoldenSet, name: str) -> None:
         close(scores.softmax(dim=1).masked_fill(same, 0), vectors[key], POOLED, key)
     selected = vectors["mlm_labels"] != -100
     vtc = weight["itc"] * info_nce(logits, same)
-    vtm = weight["itm"] * vtm_loss(vtm_logits, ~same.all(dim=1))
-    mlm = weight["mlm"] * mlm_loss(mlm_logits[selected], vectors["mlm_labels"][selected])
+    vtm = weight["itm"] * mean_matching_loss(vtm_logits, ~same.all(dim=1))
+    mlm = weight["mlm"] * word_losses(mlm_logits[selected], vectors["mlm_labels"][selected]).mean()
     for loss, key in ((vtc, "loss_ita"), (vtm, "loss_itm"), (mlm, "loss_mlm")):
         close(loss, vectors[key], POOLED, key)
     (vtc + vtm + mlm).backward()

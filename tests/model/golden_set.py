@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import VideoTextModel, load_official_svitt
+from model.losses import matching_losses
 from model.sparsity import EdgeLayout, local_blocks
 
 
@@ -86,6 +87,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def close(ours: Tensor, theirs: Tensor, limit: float, what: str) -> None:
     """Equal within an absolute limit."""
     torch.testing.assert_close(ours, theirs, atol=limit, rtol=0, msg=lambda text: f"{what}: {text}")
+
+
+def mean_matching_loss(logits_Q2: Tensor, has_negative_B: Tensor) -> Tensor:
+    """Mean over B matching pairs, B with a wrong clip, B with a wrong caption; rows without a negative left out."""
+    is_match = torch.arange(len(logits_Q2)) < len(has_negative_B)
+    return matching_losses(logits_Q2, is_match)[has_negative_B.repeat(3)].mean()
 
 
 def layouts_of(

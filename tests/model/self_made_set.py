@@ -14,11 +14,12 @@ from torch import Tensor
 
 from model import ModelConfig, VideoTextModel
 from model.attention import token_codes
-from model.losses import info_nce, mlm_loss, vtm_loss
+from model.losses import info_nce, word_losses
 from model.official_weights import to_official
 from model.relative_bias import all_pair_rows
 from model.retrieval import dual_scores, matching_scores, split_clips
 from model.sparsity import EdgeLayout, draw_layouts
+from tests.model.golden_set import mean_matching_loss
 
 FRAMES, GRID, WIDTH, VOCABULARY, LENGTH = 3, 3, 40, 57, 9
 VISION_ARGS = {
@@ -173,8 +174,8 @@ def _pretraining(
     vtm_logits, mlm_logits = model.matching_logits(pairs.states_QLD), model.text_encoder.mlm_head(hidden)
     losses = {
         "loss_ita": info_nce(logits, same),
-        "loss_itm": vtm_loss(vtm_logits, ~same.all(dim=1)),
-        "loss_mlm": mlm_loss(mlm_logits[labels != -100], labels[labels != -100]),
+        "loss_itm": mean_matching_loss(vtm_logits, ~same.all(dim=1)),
+        "loss_mlm": word_losses(mlm_logits[labels != -100], labels[labels != -100]).mean(),
     }
     torch.stack(list(losses.values())).sum().backward()
     gradients = to_official({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

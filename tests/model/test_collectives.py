@@ -1,4 +1,4 @@
-"""Two gloo processes give the value and the gradient of one."""
+"""Two gloo processes gather and add what each holds."""
 
 from pathlib import Path
 from typing import Any
@@ -6,44 +6,31 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import multiprocessing
 
-from model.collectives import all_gather_rows, all_gather_with_gradient, is_distributed, local_rows
-from model.config import ModelConfig
-from model.step_key import StepKey
-from model.video_text_model import VideoTextModel
-from tests.model.tiny import tiny_batch, tiny_config
-
-
-def _config() -> ModelConfig:
-    # A learned temperature is used outside the gathered features: its gradient must come out right too.
-    return tiny_config(vtm_weight=0, mlm_weight=0, learn_temperature=True)
-
-
-def _loss_and_gradients(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    model = VideoTextModel(_config()).double()
-    batch = tiny_batch(model.config).rows(rows)
-    batch = batch._replace(video=batch.video.double())
-    vtc = model(*batch, StepKey(0, 0, rows.start)).vtc
-    vtc.backward()
-    return vtc.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+from model.collectives import all_gather_rows, is_distributed, local_rows, num_ranks, sum_over_ranks
+from model.contrastive_tiles import contrastive_tiles
+from tests.model.contrastive_cases import CASES, features_and_tags
 
 
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        result: dict[str, Any] = {"rows": all_gather_rows(torch.tensor([[rank], [rank + 10]]))}
-        x = torch.tensor([1.0 + rank, 3.0 + rank], requires_grad=True)
-        gathered = all_gather_with_gradient(x)
-        (gathered * torch.arange(1.0, 5.0)).sum().backward()
-        result |= {"gathered": gathered.detach(), "grad": x.grad, "local": local_rows(3)}
-        result["loss"], gradients = _loss_and_gradients(slice(3 * rank, 3 * rank + 3))
-        for gradient in gradients.values():
-            dist.all_reduce(gradient)
-            gradient /= 2
-        result["gradients"] = gradients
+        mine = torch.tensor([1.0 + rank])
+        result: dict[str, Any] = {
+            "rows": all_gather_rows(torch.tensor([[rank], [rank + 10]])),
+            "sum": sum_over_ranks(mine),
+            "mine": mine,
+            "local": local_rows(3),
+            "ranks": num_ranks(),
+        }
+        for number, case in enumerate(CASES):
+            text, video, temperature, tags = features_and_tags(12)
+            rows = slice(6 * rank, 6 * rank + 6)
+            result[f"case {number}"] = contrastive_tiles(
+                text[rows], video[rows], temperature, tags.rows(rows), **case, tile=4
+            )
         torch.save(result, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -60,30 +47,35 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-def test_rows_come_in_rank_order_and_gradients_are_summed(results: list[dict[str, Any]]) -> None:
+def test_rows_come_in_rank_order_and_sums_leave_what_they_add(results: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(results):
         assert result["rows"].tolist() == [[0], [10], [1], [11]]
-        assert result["gathered"].tolist() == [1, 3, 2, 4]
-        assert result["grad"].tolist() == [[2, 4], [6, 8]][rank]
+        assert result["sum"].tolist() == [3]
+        assert result["mine"].tolist() == [1 + rank]
         assert result["local"] == slice(3 * rank, 3 * rank + 3)
+        assert result["ranks"] == 2
 
 
 @pytest.mark.dist
-def test_ego_nce_of_two_processes_equals_that_of_one_in_value_and_gradient(
-    results: list[dict[str, Any]],
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_contrastive_loss_of_two_processes_equals_that_of_one(
+    number: int, results: list[dict[str, Any]]
 ) -> None:
-    loss, gradients = _loss_and_gradients(slice(0, 6))
-    for result in results:
-        torch.testing.assert_close(result["loss"], loss)
-        assert result["gradients"].keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(
-                result["gradients"][name], gradient, msg=lambda m, name=name: f"{name}: {m}"
-            )
+    whole = contrastive_tiles(*features_and_tags(12), **CASES[number])
+    parts = [result[f"case {number}"] for result in results]
+    for part in parts:
+        torch.testing.assert_close(part.loss, whole.loss)
+        torch.testing.assert_close(part.accuracy, whole.accuracy)
+        torch.testing.assert_close(part.temperature_gradient, whole.temperature_gradient)
+    for name in ("text_gradient_BP", "video_gradient_BP"):
+        both = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(both, getattr(whole, name))
 
 
 def test_alone_nothing_is_gathered() -> None:
-    rows = torch.ones(3, requires_grad=True)
+    rows = torch.ones(3)
     assert not is_distributed()
-    assert all_gather_with_gradient(rows) is rows
+    assert all_gather_rows(rows) is rows
+    assert sum_over_ranks(rows) is rows
     assert local_rows(3) == slice(0, 3)
+    assert num_ranks() == 1

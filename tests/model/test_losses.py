@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from model.losses import (
+    ActionTags,
     ego_nce,
     info_nce,
     mask_tokens,
-    mlm_loss,
-    positives_mask,
+    matching_losses,
     sample_negatives,
-    vtm_loss,
+    word_losses,
 )
+from model.row_draws import RowDraws
 
 
 def _tags(*rows: list[int], size: int = 4) -> Tensor:
@@ -22,6 +23,17 @@ def _tags(*rows: list[int], size: int = 4) -> Tensor:
     for number, row in enumerate(rows):
         tags[number, row] = True
     return tags
+
+
+def positives_mask(verbs: Tensor, nouns: Tensor, clips: Tensor | None = None) -> Tensor:
+    tags = ActionTags(verbs, nouns, torch.arange(len(verbs)) if clips is None else clips)
+    return tags.positives(tags, "action")
+
+
+def negatives(logits: Tensor, positives: Tensor, seed: int, hard: bool = True) -> Tensor:
+    rows, columns = torch.arange(len(logits)), torch.arange(logits.shape[1])
+    draws = RowDraws.of(seed, rows), RowDraws.of(seed + 10**6, columns)
+    return sample_negatives(logits, positives, *draws, hard)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -120,49 +132,44 @@ def test_scene_companions_are_negatives_unless_they_share_the_action() -> None:
     # The logits are symmetric, so both directions are the same.
     assert float(ego_nce(logits, positives)) == pytest.approx((first + second + third + fourth) / 2, rel=1e-6)
     for seed in range(30):
-        negatives = sample_negatives(logits, positives, _generator(seed))
-        assert not positives[torch.arange(4), negatives.video_of_text_B].any()
-        assert not positives[negatives.text_of_video_B, torch.arange(4)].any()
+        assert not positives[torch.arange(4), negatives(logits, positives, seed)].any()
 
 
 def test_negatives_are_never_positives_and_follow_the_softmax() -> None:
     logits = torch.tensor([[9.0, 2.0, 1.0], [2.0, 9.0, 0.0], [1.0, 0.0, 9.0]])
     positives = torch.eye(3, dtype=torch.bool)
-    draws = torch.stack(
-        [sample_negatives(logits, positives, _generator(s)).video_of_text_B for s in range(600)]
-    )
+    draws = torch.stack([negatives(logits, positives, seed) for seed in range(600)])
     assert (draws[:, 0] != 0).all()
     assert (draws[:, 1] != 1).all()
     share = float((draws[:, 0] == 1).float().mean())
     assert share == pytest.approx(exp(2) / (exp(2) + exp(1)), abs=0.06)
-    even = torch.stack(
-        [sample_negatives(logits, positives, _generator(s), hard=False).text_of_video_B for s in range(600)]
-    )
+    even = torch.stack([negatives(logits, positives, seed, hard=False) for seed in range(600)])
     assert float((even[:, 0] == 1).float().mean()) == pytest.approx(0.5, abs=0.06)
 
 
-def test_negatives_avoid_action_positives_and_rows_without_one_are_marked() -> None:
+def test_negatives_of_a_part_of_the_rows_are_those_of_the_whole() -> None:
+    logits = torch.randn(6, 6, generator=_generator())
+    positives, rows = torch.eye(6, dtype=torch.bool), RowDraws.of(1, torch.arange(6))
+    columns = RowDraws.of(2, torch.arange(6))
+    whole = sample_negatives(logits, positives, rows, columns)
+    part = torch.tensor([4, 1])
+    assert torch.equal(sample_negatives(logits[part], positives[part], rows.rows(part), columns), whole[part])
+
+
+def test_negatives_avoid_action_positives() -> None:
     positives = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1]]).bool()
     for seed in range(50):
-        negatives = sample_negatives(torch.zeros(3, 3), positives, _generator(seed))
-        assert negatives.has_negative_B.tolist() == [False, True, True]
-        assert negatives.video_of_text_B[1:].tolist() == [2, 1]
-        assert negatives.text_of_video_B[1:].tolist() == [2, 1]
+        assert negatives(torch.zeros(3, 3), positives, seed)[1:].tolist() == [2, 1]
 
 
 def test_a_saturated_positive_still_leaves_a_negative() -> None:
     logits = torch.tensor([[1000.0, -1000.0], [-1000.0, 1000.0]])
-    negatives = sample_negatives(logits, torch.eye(2, dtype=torch.bool), _generator())
-    assert negatives.video_of_text_B.tolist() == [1, 0]
-    assert negatives.has_negative_B.all()
+    assert negatives(logits, torch.eye(2, dtype=torch.bool), 0).tolist() == [1, 0]
 
 
-def test_vtm_by_hand_with_a_row_left_out() -> None:
-    logits = torch.tensor([[0.0, 1.0], [9.0, -9.0]] * 3)
-    loss = vtm_loss(logits, torch.tensor([True, False]))
-    match, no_match = log(1 + exp(-1)), log(1 + exp(1))
-    assert float(loss) == pytest.approx((match + 2 * no_match) / 3, rel=1e-6)
-    assert float(vtm_loss(logits, torch.tensor([False, False]))) == 0
+def test_matching_by_hand() -> None:
+    losses = matching_losses(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([True, False]))
+    assert losses.tolist() == pytest.approx([log(1 + exp(-1)), log(1 + exp(1))], rel=1e-6)
 
 
 def _captions(rows: int = 200, length: int = 20) -> tuple[Tensor, Tensor]:
@@ -174,9 +181,13 @@ def _captions(rows: int = 200, length: int = 20) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def _draws(seed: int = 0) -> RowDraws:
+    return RowDraws.of(seed, torch.arange(200))
+
+
 def test_masking_spares_pad_and_cls_and_keeps_the_shares() -> None:
     ids, mask = _captions()
-    masked = mask_tokens(ids, mask, _generator(), probability=0.5, vocab_size=100, mask_id=4, never=(0, 2))
+    masked = mask_tokens(ids, mask, _draws(), probability=0.5, vocab_size=100, mask_id=4, never=(0, 2))
     selected = masked.selected_BL
     assert not selected[:, 0].any()
     assert not selected[:, 15:].any()
@@ -189,21 +200,20 @@ def test_masking_spares_pad_and_cls_and_keeps_the_shares() -> None:
     assert float((hidden == ids[selected]).float().mean()) == pytest.approx(0.101, abs=0.03)
 
 
-def test_masking_repeats_with_its_generator() -> None:
+def test_masking_repeats_with_its_keys() -> None:
     ids, mask = _captions()
 
     def masked_ids(seed: int) -> Tensor:
-        generator = _generator(seed)
         return mask_tokens(
-            ids, mask, generator, probability=0.5, vocab_size=100, mask_id=4, never=(0, 2)
+            ids, mask, _draws(seed), probability=0.5, vocab_size=100, mask_id=4, never=(0, 2)
         ).ids_BL
 
     assert torch.equal(masked_ids(3), masked_ids(3))
     assert not torch.equal(masked_ids(3), masked_ids(4))
 
 
-def test_mlm_is_the_mean_over_hidden_words_and_zero_without_any() -> None:
+def test_word_losses_by_hand_and_none_of_none() -> None:
     logits = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    loss = mlm_loss(logits, torch.tensor([0, 1]))
-    assert float(loss) == pytest.approx((log(1 + exp(-1)) + log(2)) / 2, rel=1e-6)
-    assert float(mlm_loss(logits[:0], torch.empty(0, dtype=torch.long))) == 0
+    losses = word_losses(logits, torch.tensor([0, 1]))
+    assert losses.tolist() == pytest.approx([log(1 + exp(-1)), log(2)], rel=1e-6)
+    assert word_losses(logits[:0], torch.empty(0, dtype=torch.long)).shape == (0,)

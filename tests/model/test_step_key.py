@@ -12,18 +12,15 @@ def test_seeds_are_fixed_numbers() -> None:
 
 
 def test_every_part_of_a_key_matters() -> None:
-    keys = [StepKey(0, 0, 0), StepKey(1, 0, 0), StepKey(0, 1, 0), StepKey(0, 0, 1)]
-    numbers = {key.integer(purpose) for key in keys for purpose in ("mlm", "dropout")}
-    assert len(numbers) == 8
-    assert keys[0].integer("mlm", 1) != keys[0].integer("mlm")
+    keys = [StepKey(0, 0), StepKey(1, 0), StepKey(0, 1)]
+    numbers = {key.integer(purpose) for key in keys for purpose in ("mlm", "edges")}
+    assert len(numbers) == 6
 
 
-def test_generators_repeat() -> None:
-    key = StepKey(7, 3)
-    first, second = (torch.rand(4, generator=key.generator("mlm")) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def test_all_ranks_share_one_key() -> None:
-    assert StepKey(7, 3, 0).all_ranks() == StepKey(7, 3, 5).all_ranks()
-    assert StepKey(7, 3, 0).all_ranks().integer("edges") != StepKey(7, 4, 0).all_ranks().integer("edges")
+def test_rows_draw_by_their_clip_and_purpose() -> None:
+    clips = torch.tensor([4, 9, 4])
+    keys = StepKey(7, 3).rows("text", clips).keys_B
+    assert keys[0] == keys[2] != keys[1]
+    assert torch.equal(keys, StepKey(7, 3).rows("text", clips).keys_B)
+    assert not (keys == StepKey(7, 3).rows("video", clips).keys_B).any()
+    assert not (keys == StepKey(7, 4).rows("text", clips).keys_B).any()

@@ -7,6 +7,7 @@ from torch import Tensor
 from model.blocks import VideoBlock
 from model.config import VideoConfig
 from model.errors import ModelInputError
+from model.row_draws import RowDraws
 from model.sparsity import EdgeLayout, draw_layouts
 from model.video_encoder import VideoEncoder, check_finite
 from model.weights import inflate_bias_table
@@ -223,8 +224,8 @@ def test_recomputation_changes_neither_values_nor_gradients() -> None:
     results = []
     for recompute in (False, True):
         encoder = _encoder(recompute=recompute, drop_path=0.5).train()
-        torch.manual_seed(1)
-        pooled = encoder(_clips(), edge_seed=3).pooled_BD
+        draws = RowDraws.of(1, torch.arange(len(_clips())))
+        pooled = encoder(_clips(), edge_seed=3, draws=draws).pooled_BD
         pooled.square().sum().backward()
         results.append([pooled, *(p.grad for p in encoder.parameters())])
     for plain, recomputed in zip(*results, strict=True):
@@ -240,15 +241,15 @@ def test_token_order_does_not_change_a_dense_encoder() -> None:
     torch.testing.assert_close(raster.keep_indices[1], curve.keep_indices[1].sort(dim=1).values)
 
 
-def test_drop_path_acts_in_training_only_and_keeps_the_mean() -> None:
+def test_drop_path_acts_with_draws_only_and_keeps_the_mean() -> None:
     config = tiny_config({"drop_path": 0.5}).video
     block = VideoBlock(config, 0.5)
-    tokens = torch.zeros(4000, 2, 16)
+    draws = RowDraws.of(1, torch.arange(4000))
     with torch.no_grad():
-        scale = block._branch_scale(block.mlp_scale, tokens)
+        scale = block._branch_scale(block.mlp_scale, draws)
         assert set(scale[:, 0, 0].tolist()) == {0.0, 2.0}
         assert float(scale.mean()) == pytest.approx(1.0, abs=0.1)
-        assert torch.equal(block.eval()._branch_scale(block.mlp_scale, tokens), block.mlp_scale)
+        assert torch.equal(block._branch_scale(block.mlp_scale, None), block.mlp_scale)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import ModelInputError
-from model.losses import ego_nce, info_nce, positives_mask
+from model.losses import ActionTags, ego_nce, info_nce
+from model.objective import LossTerms
 from model.step_key import StepKey
-from model.video_text_model import LossTerms, VideoTextModel
+from model.video_text_model import VideoTextModel
 from tests.model.tiny import tiny_batch, tiny_config
 
 
@@ -19,7 +20,7 @@ def _model(config: ModelConfig | None = None) -> VideoTextModel:
 
 
 def _terms(model: VideoTextModel, key: StepKey, **change: object) -> LossTerms:
-    return model(*tiny_batch(model.config)._replace(**change), key)
+    return tiny_batch(model.config)._replace(**change).losses(model, key)  # pyright: ignore[reportArgumentType]
 
 
 def test_losses_are_scalars_that_add_up_and_reach_every_parameter() -> None:
@@ -38,10 +39,11 @@ def test_contrastive_term_is_ego_nce_of_the_features() -> None:
     config = tiny_config(vtc_directions="mean")
     model, batch = _model(config).eval(), tiny_batch(config)
     with torch.no_grad():
-        terms = model(*batch, StepKey(0, 0))
+        terms = batch.losses(model, StepKey(0, 0))
         video = model.encode_video(batch.video).features_BP
         text = model.encode_text(batch.text_ids, batch.text_mask).features_BP
-        expected = ego_nce(text @ video.T / 0.05, positives_mask(batch.verbs, batch.nouns), "mean")
+        tags = ActionTags(batch.verbs, batch.nouns, batch.clip_index)
+        expected = ego_nce(text @ video.T / 0.05, tags.positives(tags, "action"), "mean")
     torch.testing.assert_close(terms.vtc, expected)
     torch.testing.assert_close(video.norm(dim=1), torch.ones(6))
 
@@ -51,7 +53,7 @@ def test_contrastive_term_of_svitt_is_info_nce_of_the_features() -> None:
     model, batch = _model(config).eval(), tiny_batch(config)
     clips = torch.tensor([0, 0, 2, 3, 4, 5])
     with torch.no_grad():
-        terms = model(*batch, StepKey(0, 0), clip_index_B=clips)
+        terms = batch._replace(clip_index=clips).losses(model, StepKey(0, 0))
         video = model.encode_video(batch.video).features_BP
         text = model.encode_text(batch.text_ids, batch.text_mask).features_BP
         expected = info_nce(text @ video.T / 0.05, clips[:, None] == clips)
@@ -71,25 +73,64 @@ def test_random_multimodal_pruning_is_keyed_and_the_same_for_all_pairs() -> None
     assert _terms(model.train(), StepKey(0, 0)).total.isfinite()
 
 
-def test_a_step_repeats_exactly_and_steps_and_ranks_differ() -> None:
+def test_a_step_repeats_exactly_and_steps_and_seeds_differ() -> None:
     config = tiny_config({"drop_path": 0.3}, text={"dropout": 0.2})
     model = _model(config)
-    plain = _terms(model, StepKey(0, 5, 1))
+    plain = _terms(model, StepKey(0, 5))
     torch.manual_seed(999)
     state = torch.get_rng_state()
-    again = _terms(model, StepKey(0, 5, 1))
+    again = _terms(model, StepKey(0, 5))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    for other in (StepKey(0, 6, 1), StepKey(0, 5, 0), StepKey(1, 5, 1)):
+    for other in (StepKey(0, 6), StepKey(1, 5)):
         assert not torch.equal(_terms(model, other).total, plain.total)
 
 
-def test_random_edges_are_shared_by_ranks_and_fixed_in_evaluation() -> None:
-    config = tiny_config(vtm_weight=0, mlm_weight=0)
-    model = _model(config)
-    a, b, c = (_terms(model, key).vtc for key in (StepKey(0, 1, 0), StepKey(0, 1, 3), StepKey(0, 2, 0)))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
+def test_rows_in_another_order_have_the_same_losses() -> None:
+    """Dropout, drop path, hidden words and negatives belong to a clip, not to its place in the batch."""
+    config = tiny_config({"drop_path": 0.3}, text={"dropout": 0.2}, multimodal_keep_rate=0.5)
+    model, batch = _model(config), tiny_batch(config)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = type(batch)(*(part[order] for part in batch))
+    for plain, other in zip(
+        batch.losses(model, StepKey(0, 5)), shuffled.losses(model, StepKey(0, 5)), strict=True
+    ):
+        torch.testing.assert_close(plain, other)
+
+
+def test_dropout_reaches_every_layer_and_only_in_training() -> None:
+    """With words dropped in one layer alone, the losses change."""
+    model = _model(tiny_config({"drop_path": 0.4}))
+    plain = _terms(model, StepKey(0, 5)).total
+    for layer in (*model.text_encoder.layers, *model.video_encoder.layers[1:]):
+        name = "rate" if hasattr(layer, "rate") else "drop_path"
+        before = getattr(layer, name)
+        setattr(layer, name, 0.8)
+        assert not torch.equal(_terms(model, StepKey(0, 5)).total, plain), layer
+        model.eval()
+        here = _terms(model, StepKey(0, 5)).total
+        setattr(layer, name, before)
+        assert torch.equal(_terms(model, StepKey(0, 5)).total, here)
+        model.train()
+
+
+def test_recomputing_changes_neither_losses_nor_gradients() -> None:
+    results = []
+    for recompute in (False, True):
+        config = tiny_config(
+            {"drop_path": 0.3, "recompute": recompute}, text={"dropout": 0.2, "recompute": recompute}
+        )
+        model = _model(config)
+        terms = _terms(model, StepKey(0, 5))
+        terms.total.backward()
+        results.append([terms.total.detach(), *(p.grad for p in model.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_random_edges_are_fixed_in_evaluation() -> None:
+    model = _model(tiny_config(vtm_weight=0, mlm_weight=0))
+    assert not torch.equal(_terms(model, StepKey(0, 1)).vtc, _terms(model, StepKey(0, 2)).vtc)
     model.eval()
     assert torch.equal(_terms(model, StepKey(0, 1)).vtc, _terms(model, StepKey(0, 2)).vtc)
 
@@ -99,7 +140,8 @@ def test_what_stands_in_the_padding_does_not_matter() -> None:
     model, batch = _model(config), tiny_batch(config)
     other = batch.text_ids.where(batch.text_mask, 17)
     key = StepKey(0, 0)
-    for plain, changed in zip(model(*batch, key), model(*batch._replace(text_ids=other), key), strict=True):
+    changed_batch = batch._replace(text_ids=other)
+    for plain, changed in zip(batch.losses(model, key), changed_batch.losses(model, key), strict=True):
         torch.testing.assert_close(plain, changed)
 
 
@@ -125,7 +167,7 @@ def test_batches_without_negatives_stay_finite() -> None:
     same = tiny_batch(config)
     same = same._replace(verbs=torch.ones_like(same.verbs), nouns=torch.ones_like(same.nouns))
     for batch in (one, same):
-        terms = model(*batch, StepKey(0, 0))
+        terms = batch.losses(model, StepKey(0, 0))
         assert float(terms.vtm.detach()) == 0
         terms.total.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -136,15 +178,15 @@ def test_rows_of_one_clip_are_positives_of_one_another() -> None:
     model, batch = _model(config).eval(), tiny_batch(config)
     empty = batch._replace(verbs=torch.zeros_like(batch.verbs))
     with torch.no_grad():
-        plain = model(*empty, StepKey(0, 0))
-        joined = model(*empty, StepKey(0, 0), clip_index_B=torch.tensor([0, 0, 2, 3, 4, 5]))
+        plain = empty.losses(model, StepKey(0, 0))
+        joined = empty._replace(clip_index=torch.tensor([0, 0, 2, 3, 4, 5])).losses(model, StepKey(0, 0))
     assert joined.vtc < plain.vtc
 
 
 def test_companions_as_extra_rows_run_through_all_losses() -> None:
     config = tiny_config()
     batch = tiny_batch(config, num_clips=12)
-    assert _model(config)(*batch, StepKey(0, 0)).total.isfinite()
+    assert batch.losses(_model(config), StepKey(0, 0)).total.isfinite()
 
 
 def test_temperature_is_clamped_in_value_but_keeps_its_gradient() -> None:
@@ -164,7 +206,7 @@ def test_the_smallest_temperature_stays_finite(num_clips: int, same_tags: bool) 
     batch = tiny_batch(model.config).rows(slice(0, num_clips))
     if same_tags:
         batch = batch._replace(verbs=torch.ones_like(batch.verbs), nouns=torch.ones_like(batch.nouns))
-    terms = model(*batch, StepKey(0, 0))
+    terms = batch.losses(model, StepKey(0, 0))
     terms.total.backward()
     assert all(term.isfinite() for term in terms)
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -238,7 +280,7 @@ def test_a_few_updates_lower_the_loss() -> None:
     losses = []
     for step in range(30):
         optimizer.zero_grad()
-        total = model(*batch, StepKey(0, step)).total
+        total = batch.losses(model, StepKey(0, step)).total
         total.backward()
         optimizer.step()
         losses.append(float(total.detach()))

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.losses import ActionTags
+from model.objective import Captions, LossTerms, training_losses
+from model.step_key import StepKey
+from model.video_text_model import VideoTextModel
 
 
 def tiny_config(video: dict[str, Any] | None = None, **top: Any) -> ModelConfig:
@@ -43,13 +47,21 @@ def tiny_config(video: dict[str, Any] | None = None, **top: Any) -> ModelConfig:
 
 
 class TinyBatch(NamedTuple):
-    """The arguments of the model's forward pass before the key."""
+    """What the training losses look at."""
 
     video: Tensor
     text_ids: Tensor
     text_mask: Tensor
     verbs: Tensor
     nouns: Tensor
+    clip_index: Tensor
+
+    def losses(self, model: VideoTextModel, key: StepKey) -> LossTerms:
+        """The objective of this batch."""
+        captions = Captions(self.text_ids, self.text_mask, self.clip_index)
+        return training_losses(
+            model, self.video, captions, ActionTags(self.verbs, self.nouns, self.clip_index), key
+        )
 
     def rows(self, where: slice) -> "TinyBatch":
         """Part of the batch."""
@@ -67,4 +79,4 @@ def tiny_batch(config: ModelConfig, num_clips: int = 6, seed: int = 0) -> TinyBa
     tags = torch.eye(num_clips, dtype=torch.bool)
     tags[1] = tags[0]
     clips = torch.randn(num_clips, video.num_frames, 3, side, side, generator=generator)
-    return TinyBatch(clips, ids, mask, tags, tags)
+    return TinyBatch(clips, ids, mask, tags, tags, torch.arange(num_clips))
