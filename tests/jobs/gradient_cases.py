@@ -113,7 +113,7 @@ def errors(
     world_size: int,
     expected: tuple[Tensor, dict[str, Tensor]],
 ) -> Errors:
-    """One step of this rank, up to the gradient, against `expected`."""
+    """One step of this rank against `expected`; its rate is 0, so the weights stay."""
     step = TrainStep(engine, SEED, rank, lambda _: 1e-4, micro_batch_size)
     with engine.accumulate():
         losses = step.accumulate(STEP, part(whole, rank, world_size))
@@ -121,7 +121,7 @@ def errors(
         torch.distributed.all_reduce(losses)
         losses /= world_size
     found = engine.gradients()
-    engine.step(0.0)
+    engine.step(lr=0.0)
     total = torch.stack([g.norm() for g in expected[1].values()]).norm()
     # The bias of keys shifts all scores of a query alike: its true gradient is zero.
     misses = {name: (found[name] - gradient).norm() for name, gradient in expected[1].items()}
@@ -142,8 +142,8 @@ def compare_on_two_ranks(rank: int, num_clips: int) -> None:
     whole = batch(num_clips)
     expected = reference(whole)
     for name, config in ENGINES.items():
+        engine = engine_of(config)
         for micro_batch_size in (None, 3):
-            engine = engine_of(config)
             result = errors(engine, whole, micro_batch_size, rank, 2, expected)
             what = f"{name}, micro-batch {micro_batch_size}: {result}"
             assert result.loss < 1e-6, what
@@ -156,8 +156,9 @@ def print_all(rank: int, setting: tuple[int, int]) -> None:
     whole = batch(num_clips)
     expected = reference(whole)
     for name, config in ENGINES.items():
+        engine = engine_of(config)
         for size in (num_clips // world_size, num_clips // 4 // world_size, 8):
-            result = errors(engine_of(config), whole, size, rank, world_size, expected)
+            result = errors(engine, whole, size, rank, world_size, expected)
             if rank == 0:
                 row = f"{name:28} {world_size} rank(s), micro-batch {size:3}"
                 print(
