@@ -147,6 +147,18 @@ class DeepSpeedEngine:
         with _quiet():
             self._engine.backward(loss, scale_wrt_gas=False)
 
+    def discard(self) -> None:
+        self._engine.zero_grad()
+        if self._config.zero_stage > 0:
+            self._forget_gradients()
+        self._order.reset()
+
+    @property
+    def calls_are_collective(self) -> bool:
+        config = self._config
+        reduces_often = config.zero_stage == 2 and config.gradient_reduction == "backward"
+        return dist.get_world_size() > 1 and (config.zero_stage == 3 or reduces_often)
+
     def _forget_gradients(self) -> None:
         """Zero the buffers that outlive a step: a parameter out of this step's reach would get its last gradient
         again, and one that only a later backward call reaches would have it added.

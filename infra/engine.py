@@ -55,6 +55,18 @@ class Engine(Protocol):
         """Add the gradient of `loss` (0-dim), as it is: nothing is divided by a number of calls."""
         ...
 
+    def discard(self) -> None:
+        """Throw away what backward calls have added since the last step, also after an error inside `accumulate`.
+
+        All ranks call it, and the step begins anew.
+        """
+        ...
+
+    @property
+    def calls_are_collective(self) -> bool:
+        """Whether module calls or `backward` wait for other ranks, so that no rank can leave a step on its own."""
+        ...
+
     def gradients(self) -> dict[str, Tensor]:
         """Averaged gradient of every trainable parameter, in fp32 on the CPU, on every rank.
 
@@ -124,7 +136,7 @@ class StepOrder:
 
     def _found(self) -> str:
         if self._state == "broken":
-            return "after an error had ended accumulate(), which left a part of a gradient: load a checkpoint"
+            return "after an error had ended accumulate(), which left a part of a gradient: discard() it"
         if self._state == "open":
             return "inside accumulate()"
         return f"after {self._num_backward} backward calls since the last step"
@@ -183,6 +195,15 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         self._order.count_backward()
         loss.backward()
+
+    def discard(self) -> None:
+        for parameter in self._module.parameters():
+            parameter.grad = None
+        self._order.reset()
+
+    @property
+    def calls_are_collective(self) -> bool:
+        return False
 
     def gradients(self) -> dict[str, Tensor]:
         self._order.require_gradient("gradients")

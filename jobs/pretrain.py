@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from model.optim import lr_factor, parameter_groups
 from model.step_key import derive_seed
 from model.video_text_model import VideoTextModel
 from model.weights import load_for_num_frames
-from pipeline.loader import BatchLoader
+from pipeline.loader import Batch, BatchLoader
 from pipeline.questions import read_questions
 from pipeline.storage import storage_path
 from pipeline.store import ClipStore
@@ -167,8 +168,14 @@ def train(
 
     step_seed = derive_seed(context.recipe.seed, "step", context.number)
     train_step = TrainStep(
-        engine, step_seed, context.ranks.rank, pace.learning_rate_at, context.stage.micro_batch_size
+        engine,
+        step_seed,
+        context.ranks,
+        pace.learning_rate_at,
+        micro_batch_size_of(context),
+        remember=partial(remember_micro_batch_size, context),
     )
+    train_step.rehearse(rehearsal_batch(context))
     hooks = Hooks(
         train_step=train_step,
         leave_out=DamagedSteps(
@@ -181,6 +188,37 @@ def train(
     )
     batches = build_loader(context, store).batches_from(first_step)
     return fit(batches, first_step, pace, hooks, context.ranks) == pace.num_steps
+
+
+def micro_batch_size_of(context: StageContext) -> int | None:
+    """The recipe's, unless memory has once not sufficed for it in this stage. Equal on all ranks."""
+    remembered = context.ledger.read().stage(context.number).facts.get("micro_batch_size")
+    return context.ranks.gather(remembered)[0] or context.stage.micro_batch_size
+
+
+def remember_micro_batch_size(context: StageContext, size: int) -> None:
+    """Into the ledger, so that a stage that starts again does not run out of memory again."""
+    status = context.ledger.read().stage(context.number).status
+    context.ledger.record_stage(context.number, status, micro_batch_size=size)
+
+
+def rehearsal_batch(context: StageContext) -> Batch:
+    """As many blank clips with the longest captions as a rank encodes at once."""
+    recipe, stage = context.recipe, context.stage
+    size, length = recipe.loader.image_size, recipe.loader.text_length
+    num_clips = micro_batch_size_of(context) or stage.clips_per_rank(context.ranks.world_size)
+    ids = torch.full((num_clips, length), context.tokenizer.mask_id)
+    ids[:, 0] = context.tokenizer.cls_id
+    tags = torch.zeros(num_clips, 1, dtype=torch.bool)
+    return Batch(
+        video_BTCHW=torch.zeros(num_clips, stage.num_frames, 3, size, size, dtype=torch.uint8),
+        text_ids_BL=ids,
+        text_mask_BL=torch.ones(num_clips, length, dtype=torch.bool),
+        verbs_BV=tags,
+        nouns_BU=tags,
+        clip_ids=("rehearsal",) * num_clips,
+        index_B=torch.arange(num_clips) + context.ranks.rank * num_clips,
+    )
 
 
 def pace_of(context: StageContext, num_clips: int) -> Pace:

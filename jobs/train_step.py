@@ -6,7 +6,9 @@ for the contrastive loss, its gradient and the negatives; then each micro-batch 
 gradient is handed. A batch that is one micro-batch is encoded once.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from infra.engine import Engine
+from infra.memory_budget import is_out_of_memory
 from jobs.pair_plan import BatchSplit, PairChunk, plan_pairs
-from model.collectives import all_gather_rows, num_ranks, sum_over_ranks
+from jobs.ranks import Ranks
+from jobs.train_loop import TrainingError
+from model.collectives import all_gather_rows, sum_over_ranks
 from model.contrastive_tiles import ContrastiveResult, contrastive_tiles
 from model.losses import ActionTags
 from model.objective import (
@@ -33,6 +38,8 @@ from model.step_key import StepKey
 from model.video_text_model import VideoTextModel
 from pipeline.loader import Batch
 
+logger = logging.getLogger(__name__)
+
 # SViTT takes BEiT's normalisation: pixels scaled to [0, 1], mean and standard deviation 0.5.
 PIXEL_MIDDLE = 127.5
 # Similarities looked at together when negatives are drawn.
@@ -46,51 +53,98 @@ def normalise(
     return (video_BTCHW.to(device, non_blocking=True).float() / PIXEL_MIDDLE - 1).to(dtype)
 
 
+class MemoryShortageError(RuntimeError):
+    """A rank ran out of memory; raised on all ranks, unless the others wait inside a collective call."""
+
+
 class TrainStep:
     """Computes the losses of a global batch, of which each rank holds equally many rows, and updates the weights.
 
     Every draw is a function of (seed, step, clip), so a repeated step repeats, and neither `micro_batch_size` nor the
-    number of ranks changes what is computed. None: all rows of a rank at once.
+    number of ranks changes what is computed. None: all rows of a rank at once. Where memory runs out, all ranks halve
+    the micro-batch and do the step again; `remember` is told the new size.
     """
 
     def __init__(
         self,
         engine: Engine,
         seed: int,
-        rank: int,
+        ranks: Ranks,
         learning_rate_at: Callable[[int], float],
         micro_batch_size: int | None = None,
+        remember: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self.engine, self.seed, self.rank, self.learning_rate_at = engine, seed, rank, learning_rate_at
-        self.micro_batch_size = micro_batch_size
+        self.engine, self.seed, self.ranks, self.learning_rate_at = engine, seed, ranks, learning_rate_at
+        self.micro_batch_size, self.remember = micro_batch_size, remember
 
     def __call__(self, step: int, batch: Batch) -> Float[Tensor, " metrics"]:
         """Returns loss, vtc, vtm, mlm and the gradient norm, detached, in the order of StepMetrics.
 
         The mean over ranks of each is that of the whole batch.
         """
-        with self.engine.accumulate():
-            losses = self.accumulate(step, batch)
+        losses = self.gradient(step, batch)
         self.engine.step(self.learning_rate_at(step))
         return torch.cat([losses, losses.new_tensor([self.engine.grad_norm or 0.0])])
 
-    def accumulate(self, step: int, batch: Batch) -> Float[Tensor, " 4"]:
-        """The gradient of one step, inside `engine.accumulate()`; returns loss, vtc, vtm, mlm."""
-        work = _BatchWork(self.engine, batch, StepKey(self.seed, step), self.rank, self.micro_batch_size)
-        return work.run()
+    def rehearse(self, batch: Batch) -> None:
+        """Computes a gradient and throws it away: memory that does not suffice shows before there is work to lose."""
+        self.gradient(0, batch)
+        self.engine.discard()
+
+    def gradient(self, step: int, batch: Batch) -> Float[Tensor, " 4"]:
+        """All of a step but the update; returns loss, vtc, vtm, mlm. Raises TrainingError when memory is too small
+        for one clip at a time.
+        """
+        while True:
+            try:
+                with self.engine.accumulate():
+                    work = _BatchWork(
+                        self.engine, batch, StepKey(self.seed, step), self.ranks, self.micro_batch_size
+                    )
+                    return work.run()
+            except MemoryShortageError as shortage:
+                self.engine.discard()
+                self._halve(step, len(batch.index_B), str(shortage))
+            # Outside of the handler, which holds the frames and so the tensors of what failed.
+            if self.engine.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _halve(self, step: int, num_rows: int, shortage: str) -> None:
+        size = min(self.micro_batch_size or num_rows, num_rows)
+        if size == 1:
+            raise TrainingError(
+                f"step {step}: memory does not suffice for one clip at a time ({shortage}). Set model.video.recompute "
+                "and model.text.recompute, engine.zero_stage 2 or 3, or engine.offload_optimizer: cpu; or train with "
+                "fewer frames, a lower keep_rate or more ranks"
+            )
+        self.micro_batch_size = size // 2
+        logger.warning(
+            "step %d: out of memory with %d clips at once (%s); done again with %d, the losses stay the same",
+            step,
+            size,
+            shortage,
+            self.micro_batch_size,
+        )
+        self.remember(self.micro_batch_size)
+        if self.engine.calls_are_collective:
+            # Other ranks may wait inside a call that this one has left: the stage starts again from its checkpoint.
+            raise TrainingError(
+                f"step {step}: out of memory with {size} clips at once; the stage goes on from its last checkpoint "
+                f"with {self.micro_batch_size} ({shortage})"
+            )
 
 
 class _BatchWork:
     """One batch on its way through the two passes."""
 
     def __init__(
-        self, engine: Engine, batch: Batch, key: StepKey, rank: int, micro_batch_size: int | None
+        self, engine: Engine, batch: Batch, key: StepKey, ranks: Ranks, micro_batch_size: int | None
     ) -> None:
-        self.engine, self.batch, self.key, self.rank = engine, batch, key, rank
+        self.engine, self.batch, self.key, self.ranks = engine, batch, key, ranks
         self.model: VideoTextModel = engine.module  # pyright: ignore[reportAttributeAccessIssue]
         self.config = self.model.config
         device, num_rows = engine.device, len(batch.index_B)
-        self.split = BatchSplit(num_ranks(), num_rows, min(micro_batch_size or num_rows, num_rows))
+        self.split = BatchSplit(ranks.world_size, num_rows, min(micro_batch_size or num_rows, num_rows))
         on_host = Captions(batch.text_ids_BL, batch.text_mask_BL, batch.index_B)
         # Drawn on the host, so that their number is known without waiting for the device.
         self.masked = hide_words(self.model, on_host, key) if self.config.mlm_weight else None
@@ -107,14 +161,18 @@ class _BatchWork:
     def run(self) -> Float[Tensor, " 4"]:
         config, pieces = self.config, self.split.micro_batches()
         kept: EncodedRows | None = None
-        if len(pieces) == 1:
-            kept = self.encode(pieces[0])
-            text_BP, video_BP = kept.text_features_BP.detach(), kept.video_features_BP.detach()
-        else:
-            with torch.no_grad():
-                features = [self.encode(piece)[2:] for piece in pieces]
-            video_BP, text_BP = (torch.cat(parts) for parts in zip(*features, strict=True))
-            del features
+        features: list[tuple[Tensor, Tensor]] = []
+        with self.leaving_together():
+            if len(pieces) == 1:
+                kept = self.encode(pieces[0])
+                features = [(kept.video_features_BP.detach(), kept.text_features_BP.detach())]
+            else:
+                with torch.no_grad():
+                    for piece in pieces:
+                        encoded = self.encode(piece)
+                        features.append((encoded.video_features_BP, encoded.text_features_BP))
+                        del encoded
+        video_BP, text_BP = (torch.cat(parts) for parts in zip(*features, strict=True))
 
         temperature = self.call(VideoTextModel.temperature).detach()
         contrastive = self.contrastive(text_BP, video_BP, temperature) if config.vtc_weight else None
@@ -131,19 +189,37 @@ class _BatchWork:
         )
 
         vtm, mlm = torch.zeros_like(vtm_scale), torch.zeros_like(mlm_scale)
-        for number, piece in enumerate(pieces):
-            encoded = kept or self.encode(piece)
-            tokens, states = (_leaf(part) for part in encoded[:2])
-            for chunk_number, chunk in enumerate(plans[number]):
-                pairs = self.pairs(piece, chunk, has_negative_B, is_first=chunk_number == 0)
-                sums = self.call(pair_losses, tokens, states, pairs, self.key)
-                terms = sums.vtm * vtm_scale, sums.mlm * mlm_scale
-                self.engine.backward(config.vtm_weight * terms[0] + config.mlm_weight * terms[1])
-                vtm, mlm = vtm + terms[0].detach(), mlm + terms[1].detach()
-            self.backward_encoders(encoded, tokens.grad, states.grad, contrastive, piece)
+        with self.leaving_together():
+            for number, piece in enumerate(pieces):
+                encoded = kept or self.encode(piece)
+                tokens, states = (_leaf(part) for part in encoded[:2])
+                for chunk_number, chunk in enumerate(plans[number]):
+                    pairs = self.pairs(piece, chunk, has_negative_B, is_first=chunk_number == 0)
+                    sums = self.call(pair_losses, tokens, states, pairs, self.key)
+                    terms = sums.vtm * vtm_scale, sums.mlm * mlm_scale
+                    self.engine.backward(config.vtm_weight * terms[0] + config.mlm_weight * terms[1])
+                    vtm, mlm = vtm + terms[0].detach(), mlm + terms[1].detach()
+                    del sums, terms
+                self.backward_encoders(encoded, tokens.grad, states.grad, contrastive, piece)
+                del encoded, tokens, states
         vtc = contrastive.loss if contrastive else torch.zeros_like(vtm)
         total = config.vtc_weight * vtc + config.vtm_weight * vtm + config.mlm_weight * mlm
         return torch.stack([total, vtc, vtm, mlm])
+
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Around work that waits for nobody: if any rank runs out of memory, all leave it with MemoryShortageError."""
+        shortage: str | None = None
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error).splitlines()[0]
+        if shortage is not None and self.engine.calls_are_collective:
+            raise MemoryShortageError(shortage)
+        if self.ranks.any(shortage is not None):
+            raise MemoryShortageError(shortage or "another rank ran out of memory")
 
     def call(self, part: Callable[..., Any], *arguments: Any) -> Any:
         return self.engine.module(part, *arguments)
@@ -174,7 +250,9 @@ class _BatchWork:
             return [chunks] * num_pieces, torch.zeros(num_rows, dtype=torch.bool, device=text_BP.device)
         found_3B = self.draw_negatives(text_BP, video_BP, temperature)
         found_G3 = all_gather_rows(found_3B.T.contiguous()).cpu().numpy()
-        plans = plan_pairs(found_G3[:, 0], found_G3[:, 1], found_G3[:, 2].astype(bool), self.split, self.rank)
+        plans = plan_pairs(
+            found_G3[:, 0], found_G3[:, 1], found_G3[:, 2].astype(bool), self.split, self.ranks.rank
+        )
         return [list(chunks) for chunks in plans], found_3B[2].bool()
 
     def draw_negatives(self, text_BP: Tensor, video_BP: Tensor, temperature: Tensor) -> Int[Tensor, "3 B"]:

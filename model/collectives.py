@@ -34,8 +34,3 @@ def sum_over_ranks(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total
-
-
-def num_ranks() -> int:
-    """Ranks that a batch is spread over."""
-    return dist.get_world_size() if is_distributed() else 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infra.config import EngineConfig
 from infra.engine import Engine, build_engine
+from jobs.ranks import ProcessGroupRanks, SingleRank
 from jobs.train_step import TrainStep, normalise
 from model.config import ModelConfig
 from model.losses import ActionTags
@@ -114,9 +115,9 @@ def errors(
     expected: tuple[Tensor, dict[str, Tensor]],
 ) -> Errors:
     """One step of this rank against `expected`; its rate is 0, so the weights stay."""
-    step = TrainStep(engine, SEED, rank, lambda _: 1e-4, micro_batch_size)
-    with engine.accumulate():
-        losses = step.accumulate(STEP, part(whole, rank, world_size))
+    ranks = ProcessGroupRanks(CPU) if world_size > 1 else SingleRank()
+    step = TrainStep(engine, SEED, ranks, lambda _: 1e-4, micro_batch_size)
+    losses = step.gradient(STEP, part(whole, rank, world_size))
     if world_size > 1:
         torch.distributed.all_reduce(losses)
         losses /= world_size

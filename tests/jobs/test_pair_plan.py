@@ -33,9 +33,7 @@ def test_each_pair_is_fused_once_and_ranks_agree(world_size: int, rows: int, mic
     kept = np.flatnonzero(has_negative)
     expected = [(row, wrong_clip[row]) for row in kept] + [(wrong_caption[row], row) for row in kept]
     assert sorted(found) == sorted(expected)
-    shapes = [
-        [[(len(c.foreign_F), len(c.caption_Q)) for c in chunks] for chunks in plan] for plan in plans
-    ]
+    shapes = [[[(len(c.foreign_F), len(c.caption_Q)) for c in chunks] for chunks in plan] for plan in plans]
     assert all(shape == shapes[0] for shape in shapes)
     assert all(len(c.caption_Q) <= WRONG_PAIRS_PER_ROW * micro for plan in plans for cs in plan for c in cs)
 

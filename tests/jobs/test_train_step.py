@@ -4,6 +4,7 @@ import torch
 
 from infra.config import EngineConfig
 from infra.engine import PlainEngine
+from jobs.ranks import SingleRank
 from jobs.train_step import TrainStep, normalise
 from model.config import ModelConfig
 from model.optim import parameter_groups
@@ -64,7 +65,7 @@ def new_step(seed: int = 3, micro_batch_size: int | None = None) -> TrainStep:
     model = tiny_model()
     engine = PlainEngine(model, parameter_groups(model, 0.0), EngineConfig(backend="plain"), CPU)
     engine.module.train()
-    return TrainStep(engine, seed, 0, lambda step: RATE, micro_batch_size)
+    return TrainStep(engine, seed, SingleRank(), lambda step: RATE, micro_batch_size)
 
 
 def weights(step: TrainStep) -> dict[str, torch.Tensor]:

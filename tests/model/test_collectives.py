@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from model.collectives import all_gather_rows, is_distributed, local_rows, num_ranks, sum_over_ranks
+from model.collectives import all_gather_rows, is_distributed, local_rows, sum_over_ranks
 from model.contrastive_tiles import contrastive_tiles
 from tests.model.contrastive_cases import CASES, features_and_tags
 
@@ -23,7 +23,6 @@ def _worker(rank: int, folder: str) -> None:
             "sum": sum_over_ranks(mine),
             "mine": mine,
             "local": local_rows(3),
-            "ranks": num_ranks(),
         }
         for number, case in enumerate(CASES):
             text, video, temperature, tags = features_and_tags(12)
@@ -53,7 +52,6 @@ def test_rows_come_in_rank_order_and_sums_leave_what_they_add(results: list[dict
         assert result["sum"].tolist() == [3]
         assert result["mine"].tolist() == [1 + rank]
         assert result["local"] == slice(3 * rank, 3 * rank + 3)
-        assert result["ranks"] == 2
 
 
 @pytest.mark.dist
@@ -78,4 +76,3 @@ def test_alone_nothing_is_gathered() -> None:
     assert all_gather_rows(rows) is rows
     assert sum_over_ranks(rows) is rows
     assert local_rows(3) == slice(0, 3)
-    assert num_ranks() == 1

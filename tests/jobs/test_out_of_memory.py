@@ -1,0 +1,114 @@
+"""A step that runs out of memory is done again with half the micro-batch, on all ranks, and computes the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.engine import Engine, EngineError
+from jobs import train_step as module
+from jobs.ranks import ProcessGroupRanks, SingleRank
+from jobs.train_loop import TrainingError
+from jobs.train_step import TrainStep
+from model.objective import encode_rows, pair_losses
+from tests.infra.two_ranks import run_two
+from tests.jobs import gradient_cases as cases
+
+
+class Shortage:
+    """Stands for a part of the model that fails above `limit` rows."""
+
+    def __init__(
+        self, part: Any, limit: int, text: str = "DefaultCPUAllocator: can't allocate memory"
+    ) -> None:
+        self.part, self.limit, self.text = part, limit, text
+
+    def __call__(self, *arguments: Any) -> Any:
+        if len(arguments[1]) > self.limit:  # the clips
+            raise RuntimeError(self.text)
+        return self.part(*arguments)
+
+
+def _step(engine: Engine, remembered: list[int], micro_batch_size: int | None = None) -> TrainStep:
+    return TrainStep(engine, cases.SEED, SingleRank(), lambda _: 1e-3, micro_batch_size, remembered.append)
+
+
+@pytest.mark.parametrize("part", [encode_rows, pair_losses])
+def test_losses_and_weights_are_those_of_a_run_with_the_smaller_micro_batch(
+    part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, results = cases.batch(12), []
+    for micro_batch_size, limit in ((3, 12), (None, 3)):
+        monkeypatch.setattr(module, part.__name__, Shortage(part, limit))
+        engine, remembered = cases.engine_of(cases.PLAIN), []
+        step = _step(engine, remembered, micro_batch_size)
+        losses = [step(number, whole) for number in range(3)]
+        results.append((losses, engine.consolidated_state_dict()))
+    assert remembered == [6, 3]
+    assert step.micro_batch_size == 3
+    for plain, after in zip(*(losses for losses, _ in results), strict=True):
+        assert torch.equal(plain, after)
+    for name, weight in results[0][1].items():
+        assert torch.equal(weight, results[1][1][name])
+
+
+def test_a_rehearsal_finds_the_size_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "encode_rows", Shortage(encode_rows, 4))
+    engine, remembered = cases.engine_of(cases.PLAIN), []
+    step = _step(engine, remembered)
+    before = engine.consolidated_state_dict()
+    step.rehearse(cases.batch(12))
+    assert remembered == [6, 3]
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.consolidated_state_dict().items())
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+    with pytest.raises(EngineError, match="after 0 backward calls"):
+        engine.step(0.0)
+
+
+def test_the_floor_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "encode_rows", Shortage(encode_rows, 0))
+    step = _step(cases.engine_of(cases.PLAIN), [])
+    with pytest.raises(TrainingError, match=r"one clip at a time .*can't allocate.*recompute.*zero_stage"):
+        step(7, cases.batch(8))
+
+
+def test_another_error_is_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "encode_rows", Shortage(encode_rows, 0, text="a bug"))
+    remembered: list[int] = []
+    with pytest.raises(RuntimeError, match="a bug"):
+        _step(cases.engine_of(cases.PLAIN), remembered)(7, cases.batch(8))
+    assert not remembered
+
+
+def one_rank_runs_short(rank: int, _: str) -> None:
+    """Rank 1 alone fails in the second pass; both halve, and the gradient is that of the whole batch."""
+    whole = cases.batch(12)
+    expected = cases.reference(whole)
+    if rank == 1:
+        module.pair_losses = Shortage(pair_losses, 4)  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("plain", "ZeRO 1", "ZeRO 2", "ZeRO 2 offload"):
+        remembered: list[int] = []
+        engine = cases.engine_of(cases.ENGINES[name])
+        step = TrainStep(
+            engine, cases.SEED, ProcessGroupRanks(cases.CPU), lambda _: 1e-3, None, remembered.append
+        )
+        step.gradient(cases.STEP, cases.part(whole, rank, 2))
+        assert remembered == [3], name
+        found = engine.gradients()
+        total = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
+        miss = torch.stack([(found[key] - gradient).norm() for key, gradient in expected[1].items()]).norm()
+        assert miss / total < 1e-5, name
+    # ZeRO 3 gathers parameters inside the call that fails: no way back, so the stage starts again.
+    module.encode_rows = Shortage(encode_rows, 4)  # pyright: ignore[reportAttributeAccessIssue]
+    engine, remembered = cases.engine_of(cases.ENGINES["ZeRO 3"]), []
+    ranks = ProcessGroupRanks(cases.CPU)
+    step = TrainStep(engine, cases.SEED, ranks, lambda _: 1e-3, None, remembered.append)
+    with pytest.raises(TrainingError, match="goes on from its last checkpoint with 3"):
+        step.gradient(cases.STEP, cases.part(whole, rank, 2))
+    assert remembered == [3]
+
+
+@pytest.mark.dist
+def test_ranks_agree(tmp_path: Path) -> None:
+    run_two(one_rank_runs_short, "", tmp_path)
