@@ -183,7 +183,9 @@ class _CpuBudget:
             self._allocator.svitt_budget_leave_host()
 
     def move_to_host(self, tensor: "torch.Tensor") -> bool:
-        if tensor.device.type != "cpu" or tensor.is_sparse or tensor.is_sparse_csr or tensor.is_mkldnn:
+        import torch
+
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return False
         return self._allocator.svitt_budget_move_to_host(tensor.untyped_storage()._cdata)
 
