@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # SViTT takes BEiT's normalisation: pixels scaled to [0, 1], mean and standard deviation 0.5.
 PIXEL_MIDDLE = 127.5
 # Similarities looked at together when negatives are drawn.
-_SIMILARITIES_AT_ONCE = 2**20
+_SIMILARITIES_AT_ONCE = 2**17
 
 
 def normalise(

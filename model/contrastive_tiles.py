@@ -81,7 +81,7 @@ def contrastive_tiles(
     loss: Loss,
     positives: PositiveRule,
     directions: Directions,
-    tile: int = 1024,
+    tile: int = 512,
 ) -> ContrastiveResult:
     """Loss of all ranks' rows and its whole gradient for this rank's rows. Every rank has B rows.
 
