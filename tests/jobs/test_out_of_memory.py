@@ -1,5 +1,6 @@
 """A step that runs out of memory is done again with half the micro-batch, on all ranks, and computes the same."""
 
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from infra.engine import Engine, EngineError
+from infra.memory_budget import device_budget
 from jobs import train_step as module
 from jobs.ranks import ProcessGroupRanks, SingleRank
 from jobs.train_loop import TrainingError
@@ -112,3 +114,26 @@ def one_rank_runs_short(rank: int, _: str) -> None:
 @pytest.mark.dist
 def test_ranks_agree(tmp_path: Path) -> None:
     run_two(one_rank_runs_short, "", tmp_path)
+
+
+def real_shortage() -> None:
+    """In a process of its own: its allocator stays replaced. Memory is limited to what 3 clips at once need."""
+    budget = device_budget(cases.CPU, None)
+    whole, peaks, losses = cases.batch(12), [], []
+    engine, remembered = cases.engine_of(cases.PLAIN), []
+    for size in (1, 6, 3):  # the first time alone brings what stays
+        budget.reset_peak()
+        losses.append(_step(engine, remembered, size).gradient(0, whole))
+        engine.discard()
+        peaks.append(budget.peak_bytes())
+    device_budget(cases.CPU, (peaks[1] + peaks[2]) // 2)
+    after = _step(engine, remembered).gradient(0, whole)
+    assert remembered == [6, 3], (remembered, peaks)
+    assert torch.equal(after, losses[2])
+
+
+def test_a_real_limit_is_kept_by_halving() -> None:
+    process = get_context("spawn").Process(target=real_shortage)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
