@@ -1,5 +1,7 @@
 """Rows and sums over ranks, without gradient; the only user of torch.distributed in this package."""
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
@@ -28,9 +30,18 @@ def all_gather_rows(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "G ..."]:
 
 
 def sum_over_ranks(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    """Sum of the tensors of all ranks, on every rank."""
+    """Elementwise sum of the tensors of all ranks, on every rank."""
+    return _all_reduced(values, "sum")
+
+
+def max_over_ranks(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """Elementwise maximum of the tensors of all ranks, on every rank."""
+    return _all_reduced(values, "max")
+
+
+def _all_reduced(values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
     if not is_distributed():
         return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total
+    values = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(values, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+    return values
