@@ -1,9 +1,11 @@
-"""Settings of cluster, engine, checkpoints and tracking. Imports pydantic only, so reading stays cheap."""
+"""Settings of cluster, engine, checkpoints and tracking. Without torch, so reading stays cheap."""
 
 from collections.abc import Iterator
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from infra.memory_budget import parse_memory
 
 
 class Settings(BaseModel):
@@ -26,6 +28,17 @@ class ClusterConfig(Settings):
     cpus_per_worker: int = Field(default=1, ge=1, description="CPUs and compute threads of one rank.")
     use_gpu: bool = Field(default=False, description="One GPU and NCCL per rank instead of gloo on the CPU.")
     max_failures: int = Field(default=3, ge=0, description="Worker crashes after which a stage gives up.")
+    device_memory: str | None = Field(
+        default=None,
+        description="Most memory that a rank may take of its device, such as 8GiB; enforced. None = all there is.",
+    )
+
+    @field_validator("device_memory")
+    @classmethod
+    def _amount(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_memory(text)
+        return text
 
 
 class EngineConfig(Settings):

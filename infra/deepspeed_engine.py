@@ -46,6 +46,12 @@ logger = logging.getLogger(__name__)
 _TAG = "engine"
 # DeepSpeed's name, at ZeRO 1 and 2, of this rank's parts of the master weights.
 _MASTERS = "single_partition_of_fp32_groups"
+# Its names of what an offloaded optimizer passes gradients and new parameters through.
+_HOST_BUFFERS = (
+    "grad_partitions_flat_buffer",
+    "temp_grad_buffer_for_cpu_offload",
+    "param_buffer_of_bit16_for_cpu_offload_groups",
+)
 # What DeepSpeed's own checkpoints hold besides tensors and plain values.
 _SAFE_TYPES = [ZeroStageEnum, fragment_address, LossScaler]
 
@@ -193,6 +199,22 @@ class DeepSpeedEngine:
             self._engine.step()
         norm = self._engine.get_global_grad_norm()
         self._grad_norm = own_norm if norm is None else float(norm)
+
+    def offloaded(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        if self._config.offload_optimizer == "cpu":
+            optimizer = self._engine.optimizer
+            masters = getattr(
+                optimizer, "fp32_partitioned_groups_flat" if self._config.zero_stage == 3 else _MASTERS
+            )
+            moments = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+            gradients = [part.grad for part in masters]
+            buffers = [getattr(optimizer, name, None) for name in _HOST_BUFFERS]
+            kept = getattr(optimizer, "accumulated_grads_in_cpu", {}).values()
+            found += _tensors([masters, moments, gradients, buffers, list(kept)])
+        if self._config.offload_parameters == "cpu":
+            found += [parameter.ds_tensor for parameter in self.module.parameters()]  # type: ignore[attr-defined]
+        return found
 
     def save(self, directory: Path) -> None:
         with _quiet():
@@ -371,6 +393,13 @@ def _require_nvme(path: Path) -> None:
         native_ops.load("async_io")
     except native_ops.NativeBuildError as error:
         raise EngineError(f"offload to nvme is not possible on this host: {error}") from error
+
+
+def _tensors(parts: Any) -> list[Tensor]:
+    """Tensors in nested lists, whatever else stands there."""
+    if isinstance(parts, Tensor):
+        return [parts]
+    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(parts, list) else []
 
 
 def skip_shared_memory_build() -> None:

@@ -79,6 +79,10 @@ class Engine(Protocol):
         """Average gradients over ranks, clip, update with AdamW at `lr` (times a group's `lr_scale`)."""
         ...
 
+    def offloaded(self) -> list[Tensor]:
+        """Tensors of this rank that lie in host memory instead of the device's, those made so far."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write what `load` needs to go on bitwise equal; every rank writes its files into one directory."""
         ...
@@ -235,6 +239,9 @@ class PlainEngine:
         with torch.no_grad():
             for parameter, master in self._pairs:
                 parameter.copy_(master)
+
+    def offloaded(self) -> list[Tensor]:
+        return []
 
     def save(self, directory: Path) -> None:
         if rank() == 0:

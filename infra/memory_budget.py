@@ -83,6 +83,10 @@ class Budget(Protocol):
         """
         ...
 
+    def keep_thread_on_host(self) -> None:
+        """As `on_host`, for the rest of this thread's life: loaders work in threads of their own."""
+        ...
+
     def move_to_host(self, tensor: "torch.Tensor") -> bool:
         """Book a tensor's storage, with all its views, to the host. False for one that is not counted."""
         ...
@@ -182,6 +186,9 @@ class _CpuBudget:
         finally:
             self._allocator.svitt_budget_leave_host()
 
+    def keep_thread_on_host(self) -> None:
+        self._allocator.svitt_budget_enter_host()
+
     def move_to_host(self, tensor: "torch.Tensor") -> bool:
         import torch
 
@@ -235,6 +242,9 @@ class _CudaBudget:
 
     def on_host(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def keep_thread_on_host(self) -> None:
+        return None
 
     def move_to_host(self, tensor: "torch.Tensor") -> bool:
         return False

@@ -14,9 +14,10 @@ import tyro
 from rich.console import Console
 
 from infra.config_io import ConfigError
+from infra.memory_budget import parse_memory
 from infra.runtime import prepare_process
 from jobs.progress import ProgressReport
-from jobs.recipe import Recipe, load_recipe, resolve_paths
+from jobs.recipe import Recipe, load_recipe, load_recipe_tree, resolve_paths
 from jobs.run_dir import RunDir
 
 RecipeArg = Annotated[
@@ -171,6 +172,51 @@ def evaluate(
     return rescore(_open(run_dir), stage, _report())
 
 
+def plan(
+    recipe: RecipeArg,
+    workspace: Workspace = Path(),
+    set_: Overrides = (),
+    memory: Annotated[
+        str | None, tyro.conf.arg(help="Memory of one device, as 8GiB. Default: cluster.device_memory.")
+    ] = None,
+    devices: Annotated[
+        int | None, tyro.conf.arg(help="Devices that train. Default: cluster.num_workers.")
+    ] = None,
+    host_memory: Annotated[
+        str | None, tyro.conf.arg(help="Memory of the host that they share. Default: this machine's.")
+    ] = None,
+    write: Annotated[
+        Path | None, tyro.conf.arg(help="Writes the recipe with the settings found to this file.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Then rehearses a step of each stage here, under the enforced limit."),
+    ] = False,
+) -> int:
+    """Say what fits in a device's memory, stage by stage, and find the fastest settings that do."""
+    from jobs.plan import Wanted, run_plan
+
+    resolved = _resolve(recipe, workspace, set_)
+    amount = memory or resolved.cluster.device_memory
+    if amount is None:
+        raise ConfigError("svitt plan", ["give --memory, as 8GiB, or set cluster.device_memory"])
+    wanted = Wanted(
+        _amount("--memory", amount),
+        resolved.cluster.num_workers if devices is None else devices,
+        None if host_memory is None else _amount("--host-memory", host_memory),
+        verify,
+    )
+    return run_plan(resolved, load_recipe_tree(recipe, set_), wanted, write, _report())
+
+
+def _amount(option: str, text: str) -> int:
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise ConfigError(option, [str(error)]) from error
+
+
 def _bench_model(
     record: Annotated[Path, tyro.conf.arg(help="JSON file that the figures are written to.")] = Path(
         "bench-model.json"
@@ -261,6 +307,7 @@ VERBS = {
         pretrain,
         control,
         evaluate,
+        plan,
         bench,
     )
 }

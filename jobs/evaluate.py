@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jobs.batch_work import normalise
 from jobs.ranks import Ranks
-from jobs.train_step import normalise
 from model.metrics import McqScore, egomcq_accuracy, egomcq_scores
 from model.video_text_model import VideoTextModel
 from pipeline.config import LoaderConfig

@@ -15,15 +15,20 @@ import torch
 
 from infra.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from infra.config_io import config_hash
-from infra.engine import Engine, build_engine
+from infra.engine import Engine, build_engine, torch_dtype
 from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import Ledger
-from infra.runtime import peak_device_bytes, peak_rss_bytes
+from infra.memory_budget import Budget
+from infra.runtime import peak_rss_bytes
 from jobs.damaged_steps import DamagedSteps
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
+from jobs.memory_plan import Prediction, engine_memory, predict, reduces_often
+from jobs.memory_watch import MemoryWatch, open_budget
 from jobs.ranks import ProcessGroupRanks, Ranks
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
+from jobs.rehearsal import rehearsal_batch
 from jobs.run_dir import RunDir
+from jobs.step_memory import trace_step
 from jobs.train_loop import Hooks, Interval, Pace, fit
 from jobs.train_step import TrainStep
 from model.config import ModelConfig
@@ -57,6 +62,8 @@ class StageContext:
     ranks: Ranks
     tokenizer: CaptionTokenizer
     ledger: Ledger
+    budget: Budget | None
+    bytes_before: int
 
     @property
     def stage(self) -> StageConfig:
@@ -119,6 +126,7 @@ def build_context(config: dict[str, Any]) -> StageContext:
         torch.cuda.set_device(device)
     log_to_file(run.log_file(config["stage"], config["attempt"], config["rank"]))
     torch.manual_seed(derive_seed(recipe.seed, "initial weights"))
+    budget, bytes_before = open_budget(device, recipe.cluster.device_memory)
     return StageContext(
         run=run,
         recipe=recipe,
@@ -127,6 +135,8 @@ def build_context(config: dict[str, Any]) -> StageContext:
         ranks=ProcessGroupRanks(device),
         tokenizer=open_tokenizer(recipe),
         ledger=Ledger(run.ledger_file),
+        budget=budget,
+        bytes_before=bytes_before,
     )
 
 
@@ -175,13 +185,15 @@ def train(
         micro_batch_size_of(context),
         remember=partial(remember_micro_batch_size, context),
     )
-    train_step.rehearse(rehearsal_batch(context))
+    num_tags = (store.manifest.num_verbs, store.manifest.num_nouns)
+    train_step.rehearse(rehearsal_of(context, train_step.micro_batch_size, num_tags))
+    watch = watch_memory(context, train_step.micro_batch_size, num_tags)
     hooks = Hooks(
         train_step=train_step,
         leave_out=DamagedSteps(
             context.ledger, context.number, context.recipe.loader.max_damaged_steps, context.ranks, tracker
         ),
-        report=reporter(context, tracker),
+        report=reporter(context, tracker, watch),
         save=save,
         stop_requested=context.run.stop_file.exists,
         clock=time.monotonic,
@@ -202,23 +214,41 @@ def remember_micro_batch_size(context: StageContext, size: int) -> None:
     context.ledger.record_stage(context.number, status, micro_batch_size=size)
 
 
-def rehearsal_batch(context: StageContext) -> Batch:
-    """As many blank clips with the longest captions as a rank encodes at once."""
-    recipe, stage = context.recipe, context.stage
-    size, length = recipe.loader.image_size, recipe.loader.text_length
-    num_clips = micro_batch_size_of(context) or stage.clips_per_rank(context.ranks.world_size)
-    ids = torch.full((num_clips, length), context.tokenizer.mask_id)
-    ids[:, 0] = context.tokenizer.cls_id
-    tags = torch.zeros(num_clips, 1, dtype=torch.bool)
-    return Batch(
-        video_BTCHW=torch.zeros(num_clips, stage.num_frames, 3, size, size, dtype=torch.uint8),
-        text_ids_BL=ids,
-        text_mask_BL=torch.ones(num_clips, length, dtype=torch.bool),
-        verbs_BV=tags,
-        nouns_BU=tags,
-        clip_ids=("rehearsal",) * num_clips,
-        index_B=torch.arange(num_clips) + context.ranks.rank * num_clips,
-    )
+def rehearsal_of(context: StageContext, micro_batch_size: int | None, num_tags: tuple[int, int]) -> Batch:
+    """This rank's most expensive batch."""
+    num_clips = context.stage.clips_per_rank(context.ranks.world_size)
+    length, rank = context.recipe.loader.text_length, context.ranks.rank
+    return rehearsal_batch(context.model_config(), num_clips, micro_batch_size, length, num_tags, rank)
+
+
+def watch_memory(
+    context: StageContext, micro_batch_size: int | None, num_tags: tuple[int, int]
+) -> MemoryWatch | None:
+    """What the stage was predicted to take, against what it takes. The first rank computes the prediction, once for a
+    stage: it takes seconds.
+    """
+    if context.budget is None:
+        return None
+    num_clips = context.stage.clips_per_rank(context.ranks.world_size)
+    size = min(micro_batch_size or num_clips, num_clips)
+    known = context.ledger.read().stage(context.number)
+    fact = known.facts.get("predicted_memory", {})
+    if context.is_first_rank and fact.get("micro_batch_size") != size:
+        model, engine, world_size = context.model_config(), context.recipe.engine, context.ranks.world_size
+        trace = trace_step(
+            model,
+            torch_dtype(engine),
+            num_clips,
+            size,
+            context.recipe.loader.text_length,
+            num_tags,
+            world_size,
+        )
+        found = predict(trace, engine_memory(model, engine, world_size), reduces_often(engine))
+        fact = {"micro_batch_size": size, "bytes": found._asdict()}
+        context.ledger.record_stage(context.number, known.status, predicted_memory=fact)
+    prediction = Prediction(**context.ranks.gather(fact)[0]["bytes"])
+    return MemoryWatch(context.budget, context.bytes_before, prediction, context.ranks)
 
 
 def pace_of(context: StageContext, num_clips: int) -> Pace:
@@ -250,6 +280,7 @@ def build_loader(context: StageContext, store: ClipStore) -> BatchLoader:
         rank=context.ranks.rank,
         world_size=context.ranks.world_size,
         with_companions=context.stage.scene_companions,
+        on_thread=context.budget.keep_thread_on_host if context.budget else lambda: None,
     )
 
 
@@ -322,21 +353,24 @@ def save_checkpoint(
         )
 
 
-def reporter(context: StageContext, tracker: Tracker) -> Callable[[Interval], None]:
+def reporter(
+    context: StageContext, tracker: Tracker, watch: MemoryWatch | None
+) -> Callable[[Interval], None]:
     """Writes the numbers of an interval to the tracker, which is the journal on rank 0."""
 
     def report(interval: Interval) -> None:
-        peaks = context.ranks.max([float(peak_rss_bytes()), float(peak_device_bytes() or 0)])
+        (peak_rss,) = context.ranks.max([float(peak_rss_bytes())])
         values = {f"train/{name}": value for name, value in asdict(interval.metrics).items()}
         values |= {
             "train/learning_rate": interval.learning_rate,
             "perf/clips_per_s": interval.clips_per_s,
             "perf/step_ms": interval.step_ms,
             "perf/data_wait_ms": interval.data_wait_ms,
-            "mem/peak_rss_gib": peaks[0] / GIB,
+            "mem/peak_rss_gib": peak_rss / GIB,
         }
-        if peaks[1]:
-            values["mem/peak_device_gib"] = peaks[1] / GIB
+        if watch is not None:
+            values["mem/peak_device_gib"] = watch.measure() / GIB
+            values["mem/predicted_device_gib"] = watch.predicted.total / GIB
         tracker.metrics(interval.step, values)
         tracker.flush()
 

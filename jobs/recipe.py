@@ -5,12 +5,12 @@ A recipe file lists deviations from the defaults only. Paths may be relative to 
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from infra.config import CheckpointConfig, ClusterConfig, EngineConfig, Settings, TrackingConfig
-from infra.config_io import ConfigError, load_config
+from infra.config_io import ConfigError, apply_overrides, load_config, read_yaml
 from model.config import ModelConfig
 from pipeline.config import ClipRuleConfig, LoaderConfig, PrepareConfig, WorldConfig
 from pipeline.storage import is_url
@@ -178,16 +178,25 @@ SHIPPED = resources.files("jobs") / "recipes"
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe file, or a shipped recipe by name. Raises ConfigError naming every fault."""
+    return load_config(Recipe, _recipe_file(name_or_path), overrides)
+
+
+def load_recipe_tree(name_or_path: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The same as it is written, deviations from the defaults only, with overrides applied."""
+    return apply_overrides(read_yaml(_recipe_file(name_or_path)), overrides)
+
+
+def _recipe_file(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
-        return load_config(Recipe, path, overrides)
+        return path
     shipped = Path(str(SHIPPED / f"{name_or_path}.yaml"))
     if not shipped.is_file():
         names = sorted(entry.name.removesuffix(".yaml") for entry in SHIPPED.iterdir())
         raise ConfigError(
             name_or_path, [f"neither a .yaml file nor a shipped recipe; shipped are: {', '.join(names)}"]
         )
-    return load_config(Recipe, shipped, overrides)
+    return shipped
 
 
 def resolve_paths(recipe: Recipe, workspace: Path) -> Recipe:

@@ -269,6 +269,15 @@ class ModelConfig(FrozenSettings):
         projections = (video.width + text.width + 2) * self.joint_width
         return total + projections + 2 * text.width + 2 + int(self.learn_temperature)
 
+    def largest_parameter(self) -> int:
+        """Elements of the largest one: a matrix of the MLP, the words' or a position table, or the patch projection."""
+        video, text = self.video, self.text
+        return max(
+            video.width * max(video.mlp_width, 3 * video.width, 3 * video.patch_size**2),
+            video.table_rows * video.num_heads,
+            text.width * max(text.mlp_width, text.vocab_size),
+        )
+
     def fusion_tokens_by_layer(self) -> tuple[int, ...]:
         """Video tokens, CLS included, that each fusion layer sees."""
         counts = [self.video.tokens_by_layer()[-1]]

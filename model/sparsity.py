@@ -5,6 +5,7 @@ Pure functions on small index tensors. The attention itself is in `attention`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -169,10 +170,14 @@ def _without_repeats(blocks_SK: Tensor) -> Tensor:
     return blocks_SK.masked_fill(same_SKK.tril(diagonal=-1).any(dim=2), -1)
 
 
-def draw_layouts(config: VideoConfig, edge_seed: int) -> list[EdgeLayout | None]:
-    """Layouts of all layers for one forward pass, a function of (edge_seed, layer); None where dense."""
+@lru_cache(maxsize=4)
+def draw_layouts(config: VideoConfig, edge_seed: int) -> tuple[EdgeLayout | None, ...]:
+    """Layouts of all layers for one forward pass, a function of (edge_seed, layer); None where dense.
+
+    All micro-batches of a step ask for the same ones.
+    """
     if config.num_random_blocks is None:
-        return [None] * config.depth
+        return (None,) * config.depth
     layouts: list[EdgeLayout | None] = []
     for layer, num_patches in enumerate(config.tokens_by_layer()[: config.depth]):
         layouts.append(
@@ -186,7 +191,7 @@ def draw_layouts(config: VideoConfig, edge_seed: int) -> list[EdgeLayout | None]
                 quirks=config.official_quirks,
             )
         )
-    return layouts
+    return tuple(layouts)
 
 
 def draw_node_scores(num_patches: int, seed: int, layer: int) -> Float[Tensor, " n"]:

@@ -75,13 +75,14 @@ class FramePipeline:
         image_size: int,
         num_threads: int = 1,
         device: Literal["cpu", "gpu"] = "cpu",
+        on_thread: Callable[[], None] = lambda: None,
     ) -> None:
         if device == "gpu" and not torch.cuda.is_available():
             raise DataError("loader.device is gpu, and torch finds no GPU here; set loader.device to cpu")
         self.num_frames = num_frames
         self.image_size = image_size
         self._device = device
-        self._threads = ThreadPoolExecutor(num_threads, "resize")
+        self._threads = ThreadPoolExecutor(num_threads, "resize", initializer=on_thread)
         self._pipeline = Pipeline(
             batch_size=max_clips * num_frames,
             num_threads=num_threads,
@@ -173,6 +174,7 @@ def collate(
 class BatchLoader:
     """Training batches of one rank. Any rank of any world size sees its share of the same global batches.
 
+    `on_thread` is called in each thread that it starts, before its work.
     Raises DataError on construction when an epoch holds less than one global batch, when the batch does not
     divide over the ranks, or when more frames are wanted than are stored.
     """
@@ -188,8 +190,10 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         with_companions: bool = False,
+        on_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
+        self._on_thread = on_thread
         self._tokenizer = tokenizer
         self._config = config
         self._num_frames = num_frames
@@ -223,12 +227,14 @@ class BatchLoader:
         """
 
         def produce() -> Iterator[tuple[int, Batch | ClipError]]:
+            self._on_thread()
             pipeline = FramePipeline(
                 self._local_batch_size,
                 self._num_frames,
                 self._config.image_size,
                 self._config.num_threads,
                 self._config.device,
+                self._on_thread,
             )
             fetch_ahead = self._fetching_ahead(step)
             for now in count(step):

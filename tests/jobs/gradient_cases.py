@@ -13,8 +13,9 @@ from torch import Tensor
 
 from infra.config import EngineConfig
 from infra.engine import Engine, build_engine
+from jobs.batch_work import normalise
 from jobs.ranks import ProcessGroupRanks, SingleRank
-from jobs.train_step import TrainStep, normalise
+from jobs.train_step import TrainStep
 from model.config import ModelConfig
 from model.losses import ActionTags
 from model.objective import Captions, training_losses

@@ -9,7 +9,7 @@ import torch
 
 from infra.engine import Engine, EngineError
 from infra.memory_budget import device_budget
-from jobs import train_step as module
+from jobs import batch_work as module
 from jobs.ranks import ProcessGroupRanks, SingleRank
 from jobs.train_loop import TrainingError
 from jobs.train_step import TrainStep

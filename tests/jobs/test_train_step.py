@@ -4,8 +4,9 @@ import torch
 
 from infra.config import EngineConfig
 from infra.engine import PlainEngine
+from jobs.batch_work import normalise
 from jobs.ranks import SingleRank
-from jobs.train_step import TrainStep, normalise
+from jobs.train_step import TrainStep
 from model.config import ModelConfig
 from model.optim import parameter_groups
 from model.video_text_model import VideoTextModel

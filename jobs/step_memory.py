@@ -1,0 +1,173 @@
+"""Device memory of a training step, found by rehearsing it under fake tensors: shapes without data, in seconds.
+
+Every tensor that an operation makes is booked while its storage lives. Not seen are temporaries inside of an
+operation. What the engine holds comes from `infra.engine_memory`, since ZeRO cannot run without its ranks.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from jobs.ranks import SingleRank
+from jobs.rehearsal import RehearsalWork, rehearsal_batch
+from model.collectives import pretended_ranks
+from model.config import ModelConfig
+from model.sparsity import draw_layouts
+from model.step_key import StepKey
+from model.video_text_model import VideoTextModel
+
+Kind = Literal["activations", "logits", "gradients"]
+_KEY = StepKey(0, 0)
+
+
+class StepBytes(NamedTuple):
+    """Bytes on top of parameters and optimizer, at the moment when their sum was largest."""
+
+    activations: int
+    logits: int  # scores over the vocabulary
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class StepTrace(NamedTuple):
+    """One rehearsal: its peak with whole gradients held, and its peak without counting gradients."""
+
+    with_gradients: StepBytes
+    without_gradients: StepBytes
+
+
+def trace_step(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    num_clips: int,
+    micro_batch_size: int,
+    text_length: int,
+    num_tags: tuple[int, int],
+    world_size: int = 1,
+    rounding: int = 1,
+) -> StepTrace:
+    """Rehearses one rank's step of `num_clips` clips; no memory of that size is needed. `rounding` is the multiple
+    of bytes that an allocation takes: 1 for what tensors hold, 512 on CUDA.
+    """
+    batch = rehearsal_batch(config, num_clips, micro_batch_size, text_length, num_tags)
+    draw_layouts(
+        config.video, _KEY.integer("edges")
+    )  # real numbers decide their shape: drawn before, found again
+    with pretended_ranks(world_size), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        with _Answer(False), _default_dtype(dtype):  # drawing weights asks whether any has to be drawn again
+            engine = _FakeEngine(VideoTextModel(config).train(), dtype)
+        tally = _Tally(engine.module, config.text.vocab_size, rounding)
+        with tally:
+            RehearsalWork(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
+    return StepTrace(tally.peak, tally.peak_without_gradients)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A fake module cannot be converted after it was made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _PretendedRank(SingleRank):
+    """Rank 0 of so many, alone."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+
+class _FakeEngine:
+    """As much of an engine as a rehearsal asks for."""
+
+    calls_are_collective = False
+    device = torch.device("cpu")
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self.dtype = module, dtype
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class _Answer(TorchDispatchMode):
+    """Gives one answer to all questions about values, which fake tensors do not have."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._answer
+        return func(*args, **(kwargs or {}))
+
+
+class _Tally(_Answer):
+    """Live bytes of the storages that operations make inside of it, and the largest sum there was."""
+
+    def __init__(self, module: nn.Module, vocab_size: int, rounding: int) -> None:
+        super().__init__(True)  # the checks that a step makes of its input pass
+        self._vocab_size, self._rounding = vocab_size, rounding
+        self._live: dict[Kind, int] = {"activations": 0, "logits": 0, "gradients": 0}
+        self._kinds: dict[int, tuple[Kind, int]] = {}
+        self.peak = self.peak_without_gradients = StepBytes(0, 0, 0)
+        self._known = weakref.WeakSet(
+            part.untyped_storage() for part in [*module.parameters(), *module.buffers()]
+        )
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(self._book_gradient)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._book(leaf)
+        return result
+
+    def _book(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known or not storage.nbytes():
+            return
+        self._known.add(storage)
+        size = -(-storage.nbytes() // self._rounding) * self._rounding
+        is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocab_size
+        kind: Kind = "logits" if is_logits else "activations"
+        key = id(storage)
+        self._kinds[key] = kind, size
+        weakref.finalize(storage, self._release, key)
+        self._add(kind, size)
+
+    def _add(self, kind: Kind, size: int) -> None:
+        self._live[kind] += size
+        now = StepBytes(**self._live)
+        if now.total > self.peak.total:
+            self.peak = now
+        if now.activations + now.logits > sum(self.peak_without_gradients[:2]):
+            self.peak_without_gradients = now
+
+    def _release(self, key: int) -> None:
+        kind, size = self._kinds.pop(key)
+        self._live[kind] -= size
+
+    def _book_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        key = id(parameter.grad.untyped_storage())
+        kind, size = self._kinds.get(key, ("gradients", 0))
+        if kind != "gradients":
+            self._live[kind] -= size
+            self._live["gradients"] += size
+            self._kinds[key] = "gradients", size
