@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
-from infra.engine import Engine
 from infra.memory_budget import is_out_of_memory
 from jobs.pair_plan import BatchSplit, PairChunk, plan_pairs
 from jobs.ranks import Ranks
@@ -47,8 +46,22 @@ class MemoryShortageError(RuntimeError):
     """A rank ran out of memory; raised on all ranks, unless the others wait inside a collective call."""
 
 
-class MemoryShortageError(RuntimeError):
-    """A rank ran out of memory; raised on all ranks, unless the others wait inside a collective call."""
+class Accumulator(Protocol):
+    """As much of an engine as the work on a batch needs; a rehearsal under fake tensors has no more."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def calls_are_collective(self) -> bool: ...
+
+    def backward(self, loss: Tensor) -> None: ...
 
 
 class BatchWork:
@@ -59,7 +72,7 @@ class BatchWork:
     """
 
     def __init__(
-        self, engine: Engine, batch: Batch, key: StepKey, ranks: Ranks, micro_batch_size: int | None
+        self, engine: Accumulator, batch: Batch, key: StepKey, ranks: Ranks, micro_batch_size: int | None
     ) -> None:
         self.engine, self.batch, self.key, self.ranks = engine, batch, key, ranks
         self.model: VideoTextModel = engine.module  # pyright: ignore[reportAttributeAccessIssue]

@@ -43,26 +43,30 @@ class ProbeRequest(Settings):
     num_steps: int = Field(default=2, ge=2, description="The first one makes the optimizer's states.")
 
 
-class ProbeResult(NamedTuple):
-    """Of the rank that took most. Bytes are None where memory did not suffice, which `shortage` then tells."""
+class ShortageError(ProbeError):
+    """Memory did not suffice; the message says where."""
 
-    backward_bytes: int | None
-    update_bytes: int | None
-    host_bytes: int | None
-    resident_bytes: int | None
-    step_s: float | None
-    losses: tuple[float, ...]
-    shortage: str | None
+
+class ProbeResult(NamedTuple):
+    """Of the rank that took most; after the first step, which makes the optimizer's states."""
+
+    resident_bytes: int  # between two steps
+    backward_bytes: int
+    update_bytes: int
+    host_bytes: int  # all that is offloaded; 0 on a GPU's host, where it is not counted
+    step_s: float
+    loss: float
 
     @property
-    def peak_bytes(self) -> int | None:
-        if self.backward_bytes is None or self.update_bytes is None:
-            return None
+    def peak_bytes(self) -> int:
+        """The most that was on the device at once."""
         return max(self.backward_bytes, self.update_bytes)
 
 
 def probe(request: ProbeRequest) -> ProbeResult:
-    """Rehearses and updates `num_steps` times. Raises ProbeError when it fails for another reason than memory."""
+    """Rehearses and updates `num_steps` times. Raises ShortageError where memory does not suffice, ProbeError when a
+    rank fails for another reason.
+    """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_start(request, rank, Path(folder)) for rank in range(request.world_size)]
         try:
@@ -71,11 +75,7 @@ def probe(request: ProbeRequest) -> ProbeResult:
             for process in ranks:
                 process.kill()
                 process.wait()
-    shortages = [result.shortage for result in results if result.shortage]
-    if shortages:
-        return ProbeResult(None, None, None, None, None, (), shortages[0])
-    most = (max(values) for values in zip(*(result[:5] for result in results), strict=True))
-    return ProbeResult(*most, results[0].losses, None)
+    return ProbeResult(*(max(values) for values in zip(*results, strict=True)))
 
 
 def _start(request: ProbeRequest, rank: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -95,16 +95,17 @@ def _start(request: ProbeRequest, rank: int, folder: Path) -> subprocess.Popen[b
 
 
 def _collect(ranks: list[subprocess.Popen[bytes]], folder: Path) -> list[ProbeResult]:
-    """The ranks' results; of one rank alone as soon as memory did not suffice for it, since others may wait for it."""
     until_s = time.monotonic() + _TIMEOUT_S
     while True:
         codes = [process.poll() for process in ranks]
-        found = [_result(folder, rank) for rank in range(len(ranks))]
-        short = [result for result in found if result is not None and result.shortage]
-        if short:
-            return short
+        # One rank alone may lack memory, and the others then wait for it.
+        for rank in range(len(ranks)):
+            if (folder / f"{rank}.shortage").is_file():
+                raise ShortageError((folder / f"{rank}.shortage").read_text())
         if all(code == 0 for code in codes):
-            return [result for result in found if result is not None]
+            return [
+                ProbeResult(*json.loads((folder / f"{rank}.json").read_text())) for rank in range(len(ranks))
+            ]
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None or time.monotonic() > until_s:
             words = (folder / f"{failed or 0}.log").read_text(errors="replace")[-2000:]
@@ -117,20 +118,13 @@ def _collect(ranks: list[subprocess.Popen[bytes]], folder: Path) -> list[ProbeRe
         time.sleep(_POLL_S)
 
 
-def _result(folder: Path, rank: int) -> ProbeResult | None:
-    path = folder / f"{rank}.json"
-    if not path.is_file():
-        return None
-    values = json.loads(path.read_text())
-    return ProbeResult(*values[:5], tuple(values[5]), values[6])
-
-
 def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
     import torch
     import torch.distributed as dist
 
     from infra.memory_budget import device_budget, is_out_of_memory
     from infra.runtime import prepare_worker
+    from jobs.batch_work import MemoryShortageError
 
     rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank) if request.use_gpu else torch.device("cpu")
@@ -150,9 +144,9 @@ def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
     try:
         return _steps(request, device, budget, before)
     except Exception as error:
-        if not is_out_of_memory(error) and type(error).__name__ != "MemoryShortageError":
+        if not is_out_of_memory(error) and not isinstance(error, MemoryShortageError):
             raise
-        return ProbeResult(None, None, None, None, None, (), str(error).splitlines()[0])
+        raise ShortageError(str(error).splitlines()[0]) from error
 
 
 def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> ProbeResult:
@@ -181,7 +175,7 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
         ranks.rank,
     )
     resident = backward = update = 0
-    losses: list[float] = []
+    loss = 0.0
     began_s = time.perf_counter()
     for step in range(request.num_steps):
         for tensor in engine.offloaded():
@@ -191,7 +185,7 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
         budget.reset_peak()
         with engine.accumulate():
             work = RehearsalWork(engine, batch, StepKey(0, step), ranks, request.micro_batch_size)
-            losses.append(float(work.run()[0]))
+            loss = float(work.run()[0])
         backward = budget.peak_bytes() - before
         budget.reset_peak()
         if request.engine.offload_optimizer != "none":
@@ -201,12 +195,18 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
             engine.step(1e-5)
         update = budget.peak_bytes() - before
     step_s = time.perf_counter() - began_s
-    return ProbeResult(backward, update, budget.host_peak_bytes(), resident, step_s, tuple(losses), None)
+    return ProbeResult(resident, backward, update, budget.host_peak_bytes() or 0, step_s, loss)
+
+
+def _main(request: ProbeRequest, folder: Path, rank: int) -> None:
+    try:
+        name, text = f"{rank}.json", json.dumps(_run(request, folder))
+    except ShortageError as shortage:
+        name, text = f"{rank}.shortage", str(shortage)
+    part = folder / f"{rank}.part"
+    part.write_text(text)
+    part.rename(folder / name)
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[2])
-    outcome = _run(ProbeRequest.model_validate_json(sys.argv[1]), target)
-    part = target / f"{os.environ['RANK']}.part"
-    part.write_text(json.dumps(outcome))
-    part.rename(target / f"{os.environ['RANK']}.json")
+    _main(ProbeRequest.model_validate_json(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"]))

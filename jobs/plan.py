@@ -13,7 +13,7 @@ from infra.config_io import apply_overrides
 from infra.engine import torch_dtype
 from jobs.bench_record import print_table
 from jobs.memory_plan import Prediction
-from jobs.memory_probe import ProbeRequest, probe
+from jobs.memory_probe import ProbeRequest, ShortageError, probe
 from jobs.plan_search import (
     Choice,
     Plan,
@@ -231,12 +231,13 @@ def verify(
 ) -> None:
     """Rehearses each stage's step under the limit, and says what it took. Raises PlanError where it does not fit."""
     for work, choice in zip(works, plan.choices, strict=True):
-        result = probe(probe_request(work, choice, recipe.cluster.use_gpu, usable_bytes))
-        if result.peak_bytes is None:
+        try:
+            result = probe(probe_request(work, choice, recipe.cluster.use_gpu, usable_bytes))
+        except ShortageError as shortage:
             raise PlanError(
                 f"stage {work.name} was predicted to take {choice.prediction.total / MIB:.0f} MiB, but ran out of "
-                f"{usable_bytes / MIB:.0f} MiB: {result.shortage}"
-            )
+                f"{usable_bytes / MIB:.0f} MiB: {shortage}"
+            ) from shortage
         error = choice.prediction.total / result.peak_bytes - 1
         report.say(
             f"stage {work.name}: rehearsed within the limit; peak {result.peak_bytes / MIB:.0f} MiB, predicted "
@@ -273,8 +274,8 @@ def _check(recipe: Recipe, wanted: Wanted) -> None:
 
 def _nothing_fits(wish: Wish, wanted: Wanted) -> str:
     return (
-        f"Nothing fits: with {engine_words(wish.settings)}, recompute {recompute_words(wish.settings.recompute)}, stage "
-        f"{wish.stage} misses {wish.missing_bytes / MIB:.0f} MiB at one clip at a time. Give it "
+        f"Nothing fits: with {engine_words(wish.settings)}, recompute {recompute_words(wish.settings.recompute)}, "
+        f"stage {wish.stage} misses {wish.missing_bytes / MIB:.0f} MiB at one clip at a time. Give it "
         f"{(wanted.memory_bytes + wish.missing_bytes) / GIB:.2f} GiB or more devices; or take fewer frames, a lower "
         "keep_rate, a smaller model, or engine.precision: bf16."
     )

@@ -62,8 +62,8 @@ class StageContext:
     ranks: Ranks
     tokenizer: CaptionTokenizer
     ledger: Ledger
-    budget: Budget | None
-    bytes_before: int
+    budget: Budget | None = None
+    bytes_before: int = 0
 
     @property
     def stage(self) -> StageConfig:

@@ -1,12 +1,10 @@
 """What all settings of the model share: frozen, no unknown field; and the check of layer lists. No torch here."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 
-class FrozenSettings(BaseModel):
+class FrozenSettings(BaseModel, frozen=True, extra="forbid"):
     """Settings that are checked when made and never change; an unknown field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def check_layers(name: str, layers: tuple[int, ...], first: int, end: int) -> None:
