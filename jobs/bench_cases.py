@@ -28,7 +28,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "both (1,3,56) 0.7": {"num_random_blocks": 3, "keep_rate": 0.7},
     "both (1,5,56) 0.7": {"num_random_blocks": 5, "keep_rate": 0.7},
 }
-RECOMPUTED = "recomputed"
+# What the ends of names stand for.
+RECOMPUTE = {"recomputed": "all", "recomputed but attention": "all_but_attention"}
 SDPA_BIAS, SDPA, BEIT = "torch SDPA, same bias", "torch SDPA, no bias", "Hugging Face BEiT, per frame"
 
 
@@ -55,7 +56,8 @@ def encoder_cases(num_frames: int) -> list[Case]:
     """The whole encoder in every setting. Dense with the bias written out is left out from 16 frames on: 12 layers
     would keep some 20 GiB.
     """
-    names = [*SETTINGS, f"both (1,5,56) 0.7 {RECOMPUTED}", f"both (1,3,56) 0.7 {RECOMPUTED}", SDPA, BEIT]
+    both = ("both (1,5,56) 0.7", "both (1,3,56) 0.7")
+    names = [*SETTINGS, *(f"{setting} {end}" for setting in both for end in RECOMPUTE), SDPA, BEIT]
     if num_frames < 16:
         names.append(SDPA_BIAS)
     return [Case("encoder", name, num_frames) for name in names]
@@ -66,7 +68,8 @@ def video_config(name: str, num_frames: int) -> VideoConfig:
     setting = next(
         (changes for known, changes in SETTINGS.items() if name.startswith(known)), SETTINGS["dense"]
     )
-    changes = {**setting, "num_frames": num_frames, "recompute": name.endswith(RECOMPUTED)}
+    mode = next((mode for end, mode in RECOMPUTE.items() if name.endswith(end)), "none")
+    changes = {**setting, "num_frames": num_frames, "recompute": mode}
     return ModelConfig.named("base").replaced(video=changes).video
 
 

@@ -83,9 +83,9 @@ class TrainStep:
         size = min(self.micro_batch_size or num_rows, num_rows)
         if size == 1:
             raise TrainingError(
-                f"step {step}: memory does not suffice for one clip at a time ({shortage}). Set model.video.recompute "
-                "and model.text.recompute, engine.zero_stage 2 or 3, or engine.offload_optimizer: cpu; or train with "
-                "fewer frames, a lower keep_rate or more ranks"
+                f"step {step}: memory does not suffice for one clip at a time ({shortage}). Set recompute: all, then "
+                "offload_activations: true, in model.video and model.text, engine.zero_stage 2 or 3, or "
+                "engine.offload_optimizer: cpu; or train with fewer frames, a lower keep_rate or more ranks"
             )
         self.micro_batch_size = size // 2
         logger.warning(

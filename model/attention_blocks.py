@@ -35,10 +35,11 @@ def attend_in_blocks(
 ) -> tuple[Float[Tensor, "B N A E"], Float[Tensor, "B A n"]]:
     """Mixed values, and the CLS query's weights on the patches (no gradient). Arguments as `sparse_attention`."""
     if layout is None:
-        num_patches = qkv_BN3AE.shape[1] - 1
         everything = torch.zeros(1, 1, dtype=torch.long, device=qkv_BN3AE.device)
-        layout = EdgeLayout(everything, num_patches, num_patches)
-    return _BlockAttention.apply(qkv_BN3AE, bias_table, codes, layout, key_mask)  # pyright: ignore
+        layout = _layout_of(qkv_BN3AE, everything, qkv_BN3AE.shape[1] - 1)
+    return _attention_in_blocks(
+        qkv_BN3AE, bias_table, codes, layout.key_blocks_SK, layout.block_size, key_mask
+    )
 
 
 class _Part(NamedTuple):
@@ -180,58 +181,123 @@ def _slices(count: int, most: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(borders)]
 
 
-class _BlockAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, qkv: Tensor, table: Tensor, codes: Tensor, layout: EdgeLayout, key_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        plan = _Plan(qkv, table, codes, layout, key_mask)
-        out_BANE = qkv.new_empty(plan.q_BANE.shape)
-        cls_weights = plan.cls_weights()
-        out_BANE[:, :, :1] = cls_weights @ plan.v_BANE
-        for part in plan.parts():
-            plan.write_queries(out_BANE, part, torch.bmm(plan.weights(part), part.v_blocks))
-        out = out_BANE.transpose(1, 2)
-        ctx.save_for_backward(qkv, table, codes, key_mask, out)
-        ctx.layout = layout
-        cls_out = cls_weights[:, :, 0, 1:]
-        ctx.mark_non_differentiable(cls_out)
-        return out, cls_out
+# Operators, so that recomputed layers can keep the results (model/recompute.py) and compilers need not look inside.
+@torch.library.custom_op("svitt::attention_in_blocks", mutates_args=())
+def _attention_in_blocks(
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    key_blocks: Tensor,
+    block_size: int,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    plan = _Plan(qkv, table, codes, _layout_of(qkv, key_blocks, block_size), key_mask)
+    out_BANE = qkv.new_empty(plan.q_BANE.shape)
+    cls_weights = plan.cls_weights()
+    out_BANE[:, :, :1] = cls_weights @ plan.v_BANE
+    for part in plan.parts():
+        plan.write_queries(out_BANE, part, torch.bmm(plan.weights(part), part.v_blocks))
+    return out_BANE.transpose(1, 2), cls_weights[:, :, 0, 1:]
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        qkv, table, codes, key_mask, out = ctx.saved_tensors
-        plan = _Plan(qkv, table, codes, ctx.layout, key_mask)
-        grad_BANE = plan.heads_first(grad_out)
-        delta_BAN1 = (grad_BANE * plan.heads_first(out)).sum(dim=-1, keepdim=True)
-        dq_BANE, dk_BANE, dv_BANE = grads = grad_BANE.new_empty(3, *grad_BANE.shape)
-        grad_table = torch.zeros_like(plan.table_AR)
 
-        # The CLS query. What it brings to keys and values is written, what patches bring is added to it.
-        weights = plan.cls_weights()
-        torch.mul(weights.mT, grad_BANE[:, :, :1], out=dv_BANE)
-        grad_scores = (grad_BANE[:, :, :1] @ plan.v_BANE.mT).sub_(delta_BAN1[:, :, :1]).mul_(weights)
-        by_head_AN = grad_scores.sum(dim=(0, 2))
-        grad_table[:, -2] = by_head_AN[:, 0]
-        grad_table[:, -4] = by_head_AN[:, 1:].sum(dim=1)
+@_attention_in_blocks.register_fake
+def _(
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    key_blocks: Tensor,
+    block_size: int,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    num_clips, num_tokens, _, num_heads, width = qkv.shape
+    out_BANE = qkv.new_empty(num_clips, num_heads, num_tokens, width)
+    cls_weights = qkv.new_empty(
+        num_clips, num_heads, num_tokens, dtype=torch.promote_types(qkv.dtype, torch.float32)
+    )
+    return out_BANE.transpose(1, 2), cls_weights[:, :, 1:]
+
+
+@torch.library.custom_op("svitt::attention_in_blocks_backward", mutates_args=())
+def _attention_in_blocks_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    key_blocks: Tensor,
+    block_size: int,
+    key_mask: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    plan = _Plan(qkv, table, codes, _layout_of(qkv, key_blocks, block_size), key_mask)
+    grad_BANE = plan.heads_first(grad_out)
+    delta_BAN1 = (grad_BANE * plan.heads_first(out)).sum(dim=-1, keepdim=True)
+    dq_BANE, dk_BANE, dv_BANE = grads = grad_BANE.new_empty(3, *grad_BANE.shape)
+    grad_table = torch.zeros_like(plan.table_AR)
+
+    # The CLS query. What it brings to keys and values is written, what patches bring is added to it.
+    weights = plan.cls_weights()
+    torch.mul(weights.mT, grad_BANE[:, :, :1], out=dv_BANE)
+    grad_scores = (grad_BANE[:, :, :1] @ plan.v_BANE.mT).sub_(delta_BAN1[:, :, :1]).mul_(weights)
+    by_head_AN = grad_scores.sum(dim=(0, 2))
+    grad_table[:, -2] = by_head_AN[:, 0]
+    grad_table[:, -4] = by_head_AN[:, 1:].sum(dim=1)
+    grad_scores.mul_(plan.scale)
+    torch.mul(grad_scores.mT, plan.q_BANE[:, :, :1], out=dk_BANE)
+    dq_BANE[:, :, :1] = grad_scores @ plan.k_BANE
+
+    for part in plan.parts():
+        weights = plan.weights(part)
+        grad_blocks, delta_blocks = (
+            plan.queries(x[part.clips, part.heads], part.blocks) for x in (grad_BANE, delta_BAN1)
+        )
+        plan.add_keys(dv_BANE, part, torch.bmm(weights.mT, grad_blocks))
+        grad_scores = torch.bmm(grad_blocks, part.v_blocks.mT).sub_(delta_blocks).mul_(weights)
+        del weights
+        _add_to_table(grad_table[part.heads], part.rows, grad_scores)
         grad_scores.mul_(plan.scale)
-        torch.mul(grad_scores.mT, plan.q_BANE[:, :, :1], out=dk_BANE)
-        dq_BANE[:, :, :1] = grad_scores @ plan.k_BANE
+        plan.add_keys(dk_BANE, part, torch.bmm(grad_scores.mT, part.q_blocks))
+        plan.write_queries(dq_BANE, part, torch.bmm(grad_scores, part.k_blocks))
+    grad_table = grad_table[:, :-1].T.contiguous().to(table.dtype)
+    return grads.permute(1, 3, 0, 2, 4).to(qkv.dtype), grad_table
 
-        for part in plan.parts():
-            weights = plan.weights(part)
-            grad_blocks, delta_blocks = (
-                plan.queries(x[part.clips, part.heads], part.blocks) for x in (grad_BANE, delta_BAN1)
-            )
-            plan.add_keys(dv_BANE, part, torch.bmm(weights.mT, grad_blocks))
-            grad_scores = torch.bmm(grad_blocks, part.v_blocks.mT).sub_(delta_blocks).mul_(weights)
-            del weights
-            _add_to_table(grad_table[part.heads], part.rows, grad_scores)
-            grad_scores.mul_(plan.scale)
-            plan.add_keys(dk_BANE, part, torch.bmm(grad_scores.mT, part.q_blocks))
-            plan.write_queries(dq_BANE, part, torch.bmm(grad_scores, part.k_blocks))
-        grad_table = grad_table[:, :-1].T.contiguous().to(table.dtype)
-        return grads.permute(1, 3, 0, 2, 4).to(qkv.dtype), grad_table, None, None, None
+
+@_attention_in_blocks_backward.register_fake
+def _(
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    key_blocks: Tensor,
+    block_size: int,
+    key_mask: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    num_clips, num_tokens, _, num_heads, width = qkv.shape
+    grads = qkv.new_empty(3, num_clips, num_heads, num_tokens, width)
+    return grads.permute(1, 3, 0, 2, 4), torch.empty_like(table)
+
+
+def _layout_of(qkv: Tensor, key_blocks: Tensor, block_size: int) -> EdgeLayout:
+    return EdgeLayout(key_blocks, block_size, qkv.shape[1] - 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, table, codes, key_blocks, block_size, key_mask = inputs
+    out, cls_weights = output
+    ctx.mark_non_differentiable(cls_weights)
+    ctx.save_for_backward(qkv, table, codes, key_blocks, key_mask, out)
+    ctx.block_size = block_size
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, table, codes, key_blocks, key_mask, out = ctx.saved_tensors
+    grads = _attention_in_blocks_backward(
+        grad_out, qkv, table, codes, key_blocks, ctx.block_size, key_mask, out
+    )
+    return *grads, None, None, None, None
+
+
+_attention_in_blocks.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _add_to_table(grad_AR: Tensor, rows: Tensor, grad_scores: Tensor) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from model import cost
 from model.cost import keep_count
 from model.named_sizes import NAMED_SIZES
-from model.settings import FrozenSettings, check_layers
+from model.settings import FrozenSettings, check_layers, check_offload
 from model.text_config import TextConfig
 
 
@@ -74,8 +74,13 @@ class VideoConfig(FrozenSettings):
         default=0, description="random edges of evaluation are a function of this and the layer"
     )
     attention_backend: Literal["auto", "reference", "blocks", "fused", "triton"] = "auto"
-    recompute: bool = Field(
-        default=False, description="recompute each layer in the backward pass to save memory"
+    recompute: Literal["none", "all_but_attention", "all"] = Field(
+        default="none",
+        description="what of a layer is computed again in the backward pass, to save memory; all_but_attention keeps "
+        "the results of the attention kernel, the dearest part",
+    )
+    offload_activations: bool = Field(
+        default=False, description="what recomputed layers keep waits in host memory for the backward pass"
     )
 
     @model_validator(mode="after")
@@ -91,7 +96,19 @@ class VideoConfig(FrozenSettings):
             check_layers("prune_layers", self.prune_layers, 0, self.depth)
         if self.num_random_blocks is not None:
             self._check_blocks(self.num_random_blocks)
+        self._check_recompute()
         return self
+
+    def _check_recompute(self) -> None:
+        check_offload(self.offload_activations, self.recompute)
+        plain = "official_quirks" if self.official_quirks else "attention_backend reference"
+        if self.recompute == "all_but_attention" and (
+            self.official_quirks or self.attention_backend == "reference"
+        ):
+            raise ValueError(
+                f"recompute all_but_attention keeps the results of an attention kernel, and {plain} runs none; "
+                "take recompute all"
+            )
 
     def _check_blocks(self, num_random_blocks: int) -> None:
         if self.num_local_blocks and self.num_local_blocks % 2 == 0:

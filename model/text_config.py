@@ -1,8 +1,10 @@
 """Settings of the text side, checked when they are made. No torch here."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
-from model.settings import FrozenSettings
+from model.settings import FrozenSettings, check_offload
 
 
 class TextConfig(FrozenSettings):
@@ -17,8 +19,13 @@ class TextConfig(FrozenSettings):
     max_length: PositiveInt = Field(default=512, description="position embeddings; captions may be shorter")
     dropout: float = Field(default=0.1, ge=0, lt=1)
     init_std: float = Field(default=0.02, gt=0)
-    recompute: bool = Field(
-        default=False, description="recompute each layer in the backward pass to save memory"
+    recompute: Literal["none", "all"] = Field(
+        default="none",
+        description="whether layers are computed again in the backward pass, to save memory; their dropped attention "
+        "weights always are",
+    )
+    offload_activations: bool = Field(
+        default=False, description="what recomputed layers keep waits in host memory for the backward pass"
     )
     pad_id: int = 0
     cls_id: int = 2
@@ -35,6 +42,7 @@ class TextConfig(FrozenSettings):
                 raise ValueError(
                     f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
                 )
+        check_offload(self.offload_activations, self.recompute)
         return self
 
     @property

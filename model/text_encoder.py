@@ -5,7 +5,7 @@ The first `fusion_layer` layers read text alone; the rest also attend to video t
 cross-attention is computed once a clip and shared by all the captions paired with it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, Be
 from model.config import ModelConfig, TextConfig
 from model.errors import ModelInputError
 from model.lean_mlp import gelu_linear
+from model.recompute import LayerRunner
 from model.row_draws import RowDraws
 from model.sparsity import draw_node_scores, keep_count, select_patches
 
@@ -231,6 +232,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         text = config.text
         self.config = config
+        self.run_layer = LayerRunner(text.recompute, text.offload_activations)
         self.embeddings = BertEmbeddings(bert_config(text, with_cross_attention=False))
         self.embeddings.dropout.p = 0.0  # it would read torch's generator; ours stands in `forward`
         self.layers = nn.ModuleList(TextLayer(text) for _ in range(text.fusion_layer))
@@ -267,7 +269,7 @@ class TextEncoder(nn.Module):
         if draws is not None:
             states = draws.dropout(states, self.config.text.dropout)
         for number, layer in enumerate(self.layers[: self.config.text.fusion_layer]):
-            states = self._run(layer, number, draws, states, text_mask_BL[:, None, None])
+            states = self.run_layer(layer, states, text_mask_BL[:, None, None], draws and draws.at(number))
         return states
 
     def fuse(
@@ -294,8 +296,8 @@ class TextEncoder(nn.Module):
             prunes = config.multimodal_keep_rate < 1 and number in config.multimodal_prune_layers
             score = config.multimodal_score if prunes and config.multimodal_score != "random" else None
             layer = self.layers[number]
-            states_QLD, scores = self._run(
-                layer, number, draws, states_QLD, mask, video_BMD, clip_Q, kept, score
+            states_QLD, scores = self.run_layer(
+                layer, states_QLD, mask, video_BMD, clip_Q, kept, score, draws and draws.at(number)
             )
             if prunes:
                 if scores is None:
@@ -306,13 +308,6 @@ class TextEncoder(nn.Module):
                 keep_indices.append(chosen)
                 kept = chosen if kept is None else kept.gather(1, chosen)
         return Fused(states_QLD, tuple(keep_indices))
-
-    def _run(self, layer: nn.Module, number: int, draws: RowDraws | None, *arguments: Any) -> Any:
-        """One layer, computed again in the backward pass if the settings say so."""
-        draws = draws and draws.at(number)
-        if self.config.text.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, draws, use_reentrant=False, preserve_rng_state=False)
-        return layer(*arguments, draws)
 
     def _check(self, text_ids_BL: Tensor, text_mask_BL: Tensor) -> None:
         limit = self.config.text.max_length

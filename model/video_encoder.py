@@ -6,17 +6,17 @@ tables; `absolute_position_std` adds embeddings of time and place.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import token_codes
 from model.blocks import NORM_EPS, PatchEmbedding, VideoAttention, VideoBlock
 from model.config import VideoConfig
 from model.errors import ModelInputError
+from model.recompute import LayerRunner
 from model.row_draws import RowDraws
 from model.sparsity import (
     EdgeLayout,
@@ -64,6 +64,7 @@ class VideoEncoder(nn.Module):
     def __init__(self, config: VideoConfig) -> None:
         super().__init__()
         self.config = config
+        self.run_layer = LayerRunner(config.recompute, config.offload_activations)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbedding(config.patch_size, config.width)
         if config.absolute_position_std:
@@ -124,8 +125,9 @@ class VideoEncoder(nn.Module):
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_after(number)
             with_scores = prunes and config.prune_score != "random"
-            arguments = (tokens, codes, layouts[number], with_scores, draws and draws.at(number))
-            tokens, scores = self._run(layer, *arguments)
+            tokens, scores = self.run_layer(
+                layer, tokens, codes, layouts[number], with_scores, draws and draws.at(number)
+            )
             if prunes:
                 if scores is None:
                     scores = draw_node_scores(tokens.shape[1] - 1, seed, number).to(tokens.device)
@@ -137,12 +139,6 @@ class VideoEncoder(nn.Module):
                 codes = clip_codes[positions]
         pooled = self.pooled_norm(tokens[:, 1:].mean(dim=1))
         return VideoEncoding(tokens, pooled, tuple(keep_indices))
-
-    def _run(self, layer: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        if self.config.recompute and torch.is_grad_enabled():
-            # Edges and draws are arguments, so that the second run sees what the first one saw.
-            return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-        return layer(*arguments)
 
     def _embed(self, video_BTCHW: Tensor) -> Tensor:
         patches = self.patch_embed(video_BTCHW.to(self.cls_token.dtype))

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from model.blocks import NORM_EPS
 from model.config import ModelConfig
+from model.recompute import OnHost
 from model.row_draws import RowDraws
 from model.sparsity import EdgeLayout
 from model.text_encoder import Fused, TextEncoder
@@ -95,6 +96,11 @@ class VideoTextModel(nn.Module):
         learned = self.learned_temperature.float()
         # The value is clamped, the gradient passes, so that a temperature at the border can come back.
         return learned + (learned.clamp(*self.config.temperature_range) - learned).detach()
+
+    def offload_within(self, on_host: OnHost) -> None:
+        """Offloaded activations are allocated within `on_host()` from now on: for a budget that counts host memory."""
+        for encoder in (self.video_encoder, self.text_encoder):
+            encoder.run_layer.on_host = on_host
 
     def forward(self, part: Callable[..., Result], *arguments: Any) -> Result:
         """`part(self, *arguments)`: any computation of the model as one call of the module.

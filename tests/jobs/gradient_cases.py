@@ -57,12 +57,16 @@ class Errors:
     parameter: float  # the same of the worst parameter; parameters of no gradient left out
 
 
-def model() -> VideoTextModel:
+def model(is_recomputing: bool = False) -> VideoTextModel:
     """Random edges, pruning in both places, dropout and drop path are on, the temperature is learned."""
     torch.manual_seed(0)
+    offload = {"offload_activations": is_recomputing}
     config = ModelConfig.named("tiny").replaced(
-        video={"num_frames": 4, "drop_path": 0.2, "image_size": 48, "patch_size": 12, "block_size": 8},
-        text={"dropout": 0.1},
+        video={
+            **{"num_frames": 4, "drop_path": 0.2, "image_size": 48, "patch_size": 12, "block_size": 8},
+            **{"recompute": "all_but_attention" if is_recomputing else "none", **offload},
+        },
+        text={"dropout": 0.1, "recompute": "all" if is_recomputing else "none", **offload},
         multimodal_keep_rate=0.7,
         multimodal_prune_layers=(ModelConfig.named("tiny").text.fusion_layer,),
         learn_temperature=True,
@@ -110,8 +114,8 @@ def reference(whole: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.stack(terms[:4]).detach(), gradients
 
 
-def engine_of(config: EngineConfig) -> Engine:
-    net = model()
+def engine_of(config: EngineConfig, is_recomputing: bool = False) -> Engine:
+    net = model(is_recomputing)
     engine = build_engine(net, parameter_groups(net, config.weight_decay), config, 1, CPU)
     engine.module.train()
     return engine
@@ -153,11 +157,12 @@ def compare_on_two_ranks(rank: int, num_clips: int) -> None:
     """Engines that differ in how gradients travel, rows in one piece and in uneven pieces."""
     whole = batch(num_clips)
     expected = reference(whole)
-    for name in IN_TESTS:
-        engine = engine_of(ENGINES[name])
+    # ZeRO 3 gathers parameters around every run of a layer, also the second.
+    for name, is_recomputing in (*((name, False) for name in IN_TESTS), ("ZeRO 3", True)):
+        engine = engine_of(ENGINES[name], is_recomputing)
         for micro_batch_size in (None, 3):
             result = errors(engine, whole, micro_batch_size, rank, 2, expected)
-            what = f"{name}, micro-batch {micro_batch_size}: {result}"
+            what = f"{name}, micro-batch {micro_batch_size}, recomputing {is_recomputing}: {result}"
             assert result.loss < 1e-6, what
             assert result.gradient < 1e-5, what
             assert result.parameter < 1e-4, what

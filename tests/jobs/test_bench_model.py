@@ -56,9 +56,11 @@ def test_every_case_has_the_configuration_that_its_name_says() -> None:
     assert (config.num_random_blocks, config.keep_rate, config.recompute, config.num_frames) == (
         5,
         0.7,
-        True,
+        "all",
         8,
     )
+    assert video_config("both (1,5,56) 0.7 recomputed but attention", 8).recompute == "all_but_attention"
+    assert video_config("both (1,5,56) 0.7", 8).recompute == "none"
     assert video_config("node 0.7", 4).is_dense
     assert {case.name for case in encoder_cases(8)} - {case.name for case in encoder_cases(16)} == {SDPA_BIAS}
 

@@ -134,6 +134,13 @@ def test_keep_count_rounds_up_in_double_precision() -> None:
             {"official_quirks": True, "prune_score": "avg_attn"},
             ["avg_attn", "not part of the published code"],
         ),
+        ({"recompute": True}, ["recompute", "'none', 'all_but_attention' or 'all'"]),
+        ({"offload_activations": True}, ["offload_activations", "recompute none", "set recompute to all"]),
+        ({"official_quirks": True, "recompute": "all_but_attention"}, ["official_quirks", "take recompute all"]),
+        (
+            {"attention_backend": "reference", "recompute": "all_but_attention"},
+            ["attention_backend reference", "take recompute all"],
+        ),
         ({"prune_score": "attention"}, ["prune_score", "cls_attn", "avg_attn", "random"]),
     ],
 )
@@ -144,6 +151,14 @@ def test_settings_that_contradict_each_other_are_refused_by_name(
         ModelConfig.named("tiny").replaced(video=change)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_text_layers_are_recomputed_whole_or_not_at_all() -> None:
+    for mode in (True, "all_but_attention"):
+        with pytest.raises(ValidationError, match="'none' or 'all'"):
+            ModelConfig.named("tiny").replaced(text={"recompute": mode})
+    with pytest.raises(ValidationError, match="set recompute to all"):
+        ModelConfig.named("tiny").replaced(text={"offload_activations": True})
 
 
 def test_pruning_layers_do_not_matter_when_nothing_is_pruned() -> None:

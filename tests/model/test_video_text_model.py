@@ -114,12 +114,20 @@ def test_dropout_reaches_every_layer_and_only_in_training() -> None:
         model.train()
 
 
-def test_recomputing_changes_neither_losses_nor_gradients() -> None:
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "blocks"])
+@pytest.mark.parametrize("video_mode", ["all_but_attention", "all"])
+def test_recomputing_changes_neither_losses_nor_gradients(
+    video_mode: str, backend: str, offload: bool
+) -> None:
     results = []
     for recompute in (False, True):
-        config = tiny_config(
-            {"drop_path": 0.3, "recompute": recompute}, text={"dropout": 0.2, "recompute": recompute}
-        )
+        video = {"drop_path": 0.3, "attention_backend": backend}
+        text = {"dropout": 0.2}
+        if recompute:
+            video |= {"recompute": video_mode, "offload_activations": offload}
+            text |= {"recompute": "all", "offload_activations": offload}
+        config = tiny_config(video, multimodal_keep_rate=0.7, text=text)
         model = _model(config)
         terms = _terms(model, StepKey(0, 5))
         terms.total.backward()
