@@ -17,29 +17,22 @@ _NUM_OPTIMIZER_BUFFERS = 4
 
 
 class EngineMemory(NamedTuple):
-    """Bytes of one rank. `parameters`, `optimizer` and `buckets` last; a step then adds `gradients`, then `step`."""
+    """Bytes of one rank, without activations. `parameters`, `optimizer` and `buffers` last, the others do not."""
 
-    parameters: int  # between two steps
+    parameters: int
     optimizer: int  # master weights, both moments, and ZeRO 3's lasting gradients
-    gradients: int  # at most, while backward and the reduction run
-    step: int  # at most, while the update runs: gradients that are left and temporaries
-    buckets: int  # of reductions, and ZeRO 3's gathered parameters
+    buffers: int  # ZeRO 3's buckets
+    gathered: int  # parameters that are fetched for a layer
+    # Of gradients in backward, where each call reduces them; None: whole ones pile up until the last call.
+    partial_gradients: int | None
+    reduction: int  # gradients and their copies after the last backward call
+    update: int  # gradients that are left, and temporaries
     host: int  # everything offloaded, with its buffers
 
     @property
     def resident(self) -> int:
         """Device bytes between two steps."""
-        return self.parameters + self.optimizer
-
-    @property
-    def backward(self) -> int:
-        """Device bytes at the end of backward, to which activations come."""
-        return self.resident + self.gradients + self.buckets
-
-    @property
-    def update(self) -> int:
-        """Device bytes at the worst moment of `step`, when no activation is left."""
-        return self.resident + self.step + self.buckets
+        return self.parameters + self.optimizer + self.buffers
 
 
 def state_bytes(
@@ -66,9 +59,11 @@ def _plain(total: int, trainable: int, config: EngineConfig, largest: int) -> En
     return EngineMemory(
         parameters=width * total,
         optimizer=(4 + _moment_bytes(config)) * trainable,  # a copy of the parameters in fp32 too
-        gradients=width * (trainable + largest),
-        step=4 * trainable + 16 * largest,  # the norm squares one gradient in fp64
-        buckets=0,
+        buffers=0,
+        gathered=0,
+        partial_gradients=None,
+        reduction=width * (trainable + largest),
+        update=4 * trainable + 16 * largest,  # the norm squares one gradient in fp64
         host=0,
     )
 
@@ -79,9 +74,11 @@ def _zero_0(total: int, trainable: int, config: EngineConfig, largest: int) -> E
     return EngineMemory(
         parameters=width * total,
         optimizer=(masters + _moment_bytes(config)) * trainable,
-        gradients=2 * width * trainable,  # reduced in a flat copy
-        step=(width + masters) * trainable + (8 * largest if config.optimizer == "adamw" else 0),
-        buckets=0,
+        buffers=0,
+        gathered=0,
+        partial_gradients=None,
+        reduction=2 * width * trainable,  # reduced in a flat copy
+        update=(width + masters) * trainable + (8 * largest if config.optimizer == "adamw" else 0),
         host=0,
     )
 
@@ -91,6 +88,8 @@ def _sharded(total: int, trainable: int, config: EngineConfig, world_size: int, 
     master = 2 if config.bf16_states else 4
     share = -(-trainable // world_size)
     is_offloaded = config.offload_optimizer != "none"
+    bucket = width * (config.bucket_bytes // 4)
+    reduces_often = stage > 1 and config.gradient_reduction == "backward"
 
     parameters = width * (total if stage < 3 else -(-total // world_size))
     states = (master + _moment_bytes(config)) * share
@@ -98,8 +97,8 @@ def _sharded(total: int, trainable: int, config: EngineConfig, world_size: int, 
     host = 0
     if config.offload_optimizer == "cpu":
         # ZeRO 1 and 2 copy new parameters through a buffer, and take gradients of several backward calls in one.
-        extra = width * (1 + (config.gradient_reduction == "backward" and stage == 2)) if stage < 3 else 0
-        host += states + lasting + (master + extra) * share + (width * largest if stage < 3 else 0)
+        extra = width * (2 + reduces_often) if stage < 3 else 0
+        host += states + lasting + (master + extra) * share + (width * largest if stage < 3 else bucket)
         host += 4 * share if stage < 3 else 0
     elif config.offload_optimizer == "nvme":
         host += lasting + _NUM_OPTIMIZER_BUFFERS * master * min(share, SUB_GROUP_ELEMENTS + largest)
@@ -108,37 +107,39 @@ def _sharded(total: int, trainable: int, config: EngineConfig, world_size: int, 
     elif config.offload_parameters == "nvme":
         host += _NUM_PARAMETER_BUFFERS * width * NVME_BUFFER_ELEMENTS
 
-    bucket = width * (config.bucket_bytes // 4)
+    copies = 4 * largest if is_offloaded else share
     return EngineMemory(
         parameters=0 if config.offload_parameters != "none" else parameters,
         optimizer=0 if is_offloaded else states + lasting,
-        gradients=_sharded_gradients(trainable, share, config, largest),
-        step=0 if is_offloaded else _sharded_step(share, config, master, largest),
-        buckets=bucket if stage < 3 else 2 * bucket + 2 * width * largest,
+        # One of the two buckets of ZeRO 3 lies where the optimizer does.
+        buffers=0 if stage < 3 else bucket * (1 if is_offloaded else 2),
+        gathered=2 * width * largest if config.offload_parameters != "none" else 0,
+        partial_gradients=_partial_gradients(share, config, bucket) if reduces_often else None,
+        # Reduced gradients go into a flat buffer while the whole ones are still there.
+        reduction=0
+        if reduces_often
+        else width * (trainable + largest if stage == 3 else trainable + copies) + bucket,
+        update=_sharded_update(trainable, share, config, master, largest),
         host=host,
     )
 
 
-def _sharded_gradients(trainable: int, share: int, config: EngineConfig, largest: int) -> int:
-    width, is_offloaded = _width(config), config.offload_optimizer != "none"
-    if config.zero_stage == 1 or config.gradient_reduction == "step":
-        if config.zero_stage == 3:
-            return width * (trainable + largest)
-        # Reduced gradients go into a flat buffer while the whole ones are still there.
-        return width * (trainable + (4 * largest if is_offloaded else share))
+def _partial_gradients(share: int, config: EngineConfig, bucket: int) -> int:
     if config.zero_stage == 3:
-        return 2 * width * largest
-    return width * (share + 4 * largest if is_offloaded else 2 * share + 2 * largest)
+        return 0
+    return bucket + (0 if config.offload_optimizer != "none" else 2 * _width(config) * share)
 
 
-def _sharded_step(share: int, config: EngineConfig, master: int, largest: int) -> int:
-    width = _width(config)
-    if config.zero_stage == 3:
+def _sharded_update(trainable: int, share: int, config: EngineConfig, master: int, largest: int) -> int:
+    width, stage = _width(config), config.zero_stage
+    if config.offload_optimizer != "none":
+        return 0 if stage == 3 else width * trainable
+    flattened = width + (master if master != width else 0)
+    if stage == 3:
         elements = min(share, SUB_GROUP_ELEMENTS + largest)
-        flattened = width + (master if master != width else 0)
         return max(flattened, 3 * master if config.optimizer == "adamw" else 0) * elements
-    flattened = 2 * width + (master if master != width else 0)
-    return max(flattened, width + 3 * master if config.optimizer == "adamw" else 0) * share
+    kept = width * (2 if stage == 2 and config.gradient_reduction == "backward" else 1)
+    return max(kept + flattened, width + 3 * master if config.optimizer == "adamw" else 0) * share
 
 
 def _width(config: EngineConfig) -> int:

@@ -22,7 +22,7 @@ class Prediction(NamedTuple):
     activations: int
     logits: int
     workspace: int  # buckets of reductions, gathered parameters, temporaries of the update
-    host: int  # all that is offloaded
+    host: int  # all that is offloaded, activations too
 
     @property
     def total(self) -> int:
@@ -36,28 +36,20 @@ class Prediction(NamedTuple):
         )
 
 
-def predict(trace: StepTrace, engine: EngineMemory, reduces_often: bool) -> Prediction:
-    """The worst of a step's moments. `reduces_often`: gradients leave the device's memory, or shrink to a part, at
-    every backward call; else whole ones pile up until the last.
-    """
-    step = trace.without_gradients if reduces_often else trace.with_gradients
-    gradients = engine.gradients if reduces_often else step.gradients
-    common = engine.parameters, engine.optimizer
+def predict(trace: StepTrace, engine: EngineMemory) -> Prediction:
+    """The worst of a step's moments."""
+    if engine.partial_gradients is None:
+        step, gradients = trace.with_gradients, trace.with_gradients.gradients
+    else:
+        step, gradients = trace.without_gradients, engine.partial_gradients
+    lasting, host = (engine.parameters, engine.optimizer), engine.host + trace.host
+    in_backward = engine.buffers + engine.gathered
     moments = (
-        Prediction(
-            "backward", *common, gradients, step.activations, step.logits, engine.buckets, engine.host
-        ),
-        Prediction("reduction", *common, engine.gradients, 0, 0, engine.buckets, engine.host),
-        Prediction("update", *common, 0, 0, 0, engine.step + engine.buckets, engine.host),
+        Prediction("backward", *lasting, gradients, step.activations, step.logits, in_backward, host),
+        Prediction("reduction", *lasting, engine.reduction, 0, 0, engine.buffers, host),
+        Prediction("update", *lasting, 0, 0, 0, engine.buffers + engine.update, host),
     )
     return max(moments, key=lambda moment: moment.total)
-
-
-def reduces_often(config: EngineConfig) -> bool:
-    """Whether the engine keeps no whole gradients between backward calls."""
-    return (
-        config.backend == "deepspeed" and config.zero_stage >= 2 and config.gradient_reduction == "backward"
-    )
 
 
 def engine_memory(model: ModelConfig, config: EngineConfig, world_size: int) -> EngineMemory:

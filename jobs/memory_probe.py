@@ -166,6 +166,7 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
         device,
     )
     engine.module.train()
+    model.offload_within(budget.on_host)
     batch = rehearsal_batch(
         request.model,
         request.clips_per_rank,

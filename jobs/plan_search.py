@@ -11,7 +11,7 @@ from math import ceil
 
 from infra.config import EngineConfig
 from infra.engine import torch_dtype
-from jobs.memory_plan import Prediction, engine_memory, predict, reduces_often
+from jobs.memory_plan import Prediction, engine_memory, predict
 from jobs.step_memory import StepBytes, StepTrace, trace_step
 from model.config import ModelConfig
 
@@ -124,7 +124,8 @@ def step_seconds(work: Workload, settings: Settings, micro_batch_size: int) -> f
     width = 2 if engine.precision == "bf16" else 4
     parameters = width * model.num_parameters()
     shared = (work.world_size - 1) / work.world_size
-    traffic = 2 * parameters * shared * (num_pieces if reduces_often(engine) else 1)
+    reduces_often = engine_memory(model, engine, work.world_size).partial_gradients is not None
+    traffic = 2 * parameters * shared * (num_pieces if reduces_often else 1)
     if engine.zero_stage == 3:
         traffic += parameters * shared * num_pieces * num_passes
     if engine.offload_optimizer != "none":
@@ -175,12 +176,11 @@ class Planner:
         one, two = (self._traced(work, settings, size) for size in (1, 2))
 
         def fits(size: int) -> bool:
-            grown = StepTrace(
-                *(
-                    StepBytes(*(a + (size - 1) * (b - a) for a, b in zip(first, second, strict=True)))
-                    for first, second in zip(one, two, strict=True)
-                )
+            whole, partial = (
+                StepBytes(*(a + (size - 1) * (b - a) for a, b in zip(first, second, strict=True)))
+                for first, second in zip(one[:2], two[:2], strict=True)
             )
+            grown = StepTrace(whole, partial, one.host + (size - 1) * (two.host - one.host))
             return self._with(work, settings, grown).total <= memory_bytes
 
         low, high = 1, work.clips_per_rank
@@ -204,7 +204,7 @@ class Planner:
     @staticmethod
     def _with(work: Workload, settings: Settings, trace: StepTrace) -> Prediction:
         memory = engine_memory(work.model, settings.engine, work.world_size)
-        return predict(trace, memory, reduces_often(settings.engine))
+        return predict(trace, memory)
 
 
 @dataclass(frozen=True, slots=True)

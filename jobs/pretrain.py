@@ -22,7 +22,7 @@ from infra.memory_budget import Budget
 from infra.runtime import peak_rss_bytes
 from jobs.damaged_steps import DamagedSteps
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
-from jobs.memory_plan import Prediction, engine_memory, predict, reduces_often
+from jobs.memory_plan import Prediction, engine_memory, predict
 from jobs.memory_watch import MemoryWatch, open_budget
 from jobs.ranks import ProcessGroupRanks, Ranks
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
@@ -244,7 +244,7 @@ def watch_memory(
             num_tags,
             world_size,
         )
-        found = predict(trace, engine_memory(model, engine, world_size), reduces_often(engine))
+        found = predict(trace, engine_memory(model, engine, world_size))
         fact = {"micro_batch_size": size, "bytes": found._asdict()}
         context.ledger.record_stage(context.number, known.status, predicted_memory=fact)
     prediction = Prediction(**context.ranks.gather(fact)[0]["bytes"])
@@ -288,6 +288,8 @@ def build_or_restore(context: StageContext, checkpoints: CheckpointStore) -> tup
     """The engine, ready to train, and the number of steps it has behind it."""
     recipe, stage = context.recipe, context.stage
     model = VideoTextModel(context.model_config())
+    if context.budget is not None:
+        model.offload_within(context.budget.on_host)
     start = checkpoints.newest_good()
     if start is None:
         inherit_weights(context, model)

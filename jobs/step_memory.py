@@ -23,8 +23,18 @@ from model.sparsity import draw_layouts
 from model.step_key import StepKey
 from model.video_text_model import VideoTextModel
 
-Kind = Literal["activations", "logits", "gradients"]
+Kind = Literal["activations", "logits", "gradients", "host"]
 _KEY = StepKey(0, 0)
+
+
+class StepTrace(NamedTuple):
+    """One rehearsal: its peak with whole gradients held, its peak without counting gradients, and what it kept on the
+    host at most.
+    """
+
+    with_gradients: "StepBytes"
+    without_gradients: "StepBytes"
+    host: int
 
 
 class StepBytes(NamedTuple):
@@ -38,12 +48,9 @@ class StepBytes(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
-
-class StepTrace(NamedTuple):
-    """One rehearsal: its peak with whole gradients held, and its peak without counting gradients."""
-
-    with_gradients: StepBytes
-    without_gradients: StepBytes
+    @property
+    def without_gradients(self) -> int:
+        return self.activations + self.logits
 
 
 def trace_step(
@@ -65,11 +72,12 @@ def trace_step(
     )  # real numbers decide their shape: drawn before, found again
     with pretended_ranks(world_size), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         with _Answer(False), _default_dtype(dtype):  # drawing weights asks whether any has to be drawn again
-            engine = _FakeEngine(VideoTextModel(config).train(), dtype)
+            engine = _FakeEngine(VideoTextModel(config), dtype)
         tally = _Tally(engine.module, config.text.vocab_size, rounding)
+        engine.module.offload_within(tally.on_host)
         with tally:
             RehearsalWork(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
-    return StepTrace(tally.peak, tally.peak_without_gradients)
+    return StepTrace(tally.peak, tally.peak_without_gradients, tally.host_peak)
 
 
 @contextmanager
@@ -93,11 +101,12 @@ class _PretendedRank(SingleRank):
 class _FakeEngine:
     """As much of an engine as a rehearsal asks for."""
 
-    calls_are_collective = False
-    device = torch.device("cpu")
+    calls_are_collective: bool = False
+    device: torch.device = torch.device("cpu")
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, module: VideoTextModel, dtype: torch.dtype) -> None:
         self.module, self.dtype = module, dtype
+        module.train()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -122,14 +131,25 @@ class _Tally(_Answer):
     def __init__(self, module: nn.Module, vocab_size: int, rounding: int) -> None:
         super().__init__(True)  # the checks that a step makes of its input pass
         self._vocab_size, self._rounding = vocab_size, rounding
-        self._live: dict[Kind, int] = {"activations": 0, "logits": 0, "gradients": 0}
+        self._live: dict[Kind, int] = {"activations": 0, "logits": 0, "gradients": 0, "host": 0}
         self._kinds: dict[int, tuple[Kind, int]] = {}
         self.peak = self.peak_without_gradients = StepBytes(0, 0, 0)
+        self.host_peak = 0
+        self._is_on_host = False
         self._known = weakref.WeakSet(
             part.untyped_storage() for part in [*module.parameters(), *module.buffers()]
         )
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(self._book_gradient)
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is made inside does not lie on the device."""
+        self._is_on_host = True
+        try:
+            yield
+        finally:
+            self._is_on_host = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -145,7 +165,7 @@ class _Tally(_Answer):
         self._known.add(storage)
         size = -(-storage.nbytes() // self._rounding) * self._rounding
         is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocab_size
-        kind: Kind = "logits" if is_logits else "activations"
+        kind: Kind = "host" if self._is_on_host else "logits" if is_logits else "activations"
         key = id(storage)
         self._kinds[key] = kind, size
         weakref.finalize(storage, self._release, key)
@@ -153,10 +173,12 @@ class _Tally(_Answer):
 
     def _add(self, kind: Kind, size: int) -> None:
         self._live[kind] += size
-        now = StepBytes(**self._live)
+        live = self._live
+        self.host_peak = max(self.host_peak, live["host"])
+        now = StepBytes(live["activations"], live["logits"], live["gradients"])
         if now.total > self.peak.total:
             self.peak = now
-        if now.activations + now.logits > sum(self.peak_without_gradients[:2]):
+        if now.without_gradients > self.peak_without_gradients.without_gradients:
             self.peak_without_gradients = now
 
     def _release(self, key: int) -> None:

@@ -29,7 +29,7 @@ class Gmacs(NamedTuple):
 PruneScore = Literal["cls_attn", "avg_attn", "random"]
 
 
-class VideoConfig(FrozenSettings):
+class VideoConfig(FrozenSettings, frozen=True):
     """Video encoder. Layers count from 0; `num_random_blocks` None means dense attention."""
 
     num_frames: PositiveInt = 4
@@ -205,7 +205,7 @@ class VideoConfig(FrozenSettings):
         )
 
 
-class ModelConfig(FrozenSettings):
+class ModelConfig(FrozenSettings, frozen=True):
     """The whole model and its three losses. A loss with weight 0 is not computed."""
 
     video: VideoConfig = VideoConfig()

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from model.settings import FrozenSettings, check_offload
 
 
-class TextConfig(FrozenSettings):
+class TextConfig(FrozenSettings, frozen=True):
     """Text encoder (layers before `fusion_layer`) and fusion layers (the rest), all BERT layers."""
 
     vocab_size: int = Field(default=30522, ge=6)

@@ -63,8 +63,13 @@ def model(is_recomputing: bool = False) -> VideoTextModel:
     offload = {"offload_activations": is_recomputing}
     config = ModelConfig.named("tiny").replaced(
         video={
-            **{"num_frames": 4, "drop_path": 0.2, "image_size": 48, "patch_size": 12, "block_size": 8},
-            **{"recompute": "all_but_attention" if is_recomputing else "none", **offload},
+            "num_frames": 4,
+            "drop_path": 0.2,
+            "image_size": 48,
+            "patch_size": 12,
+            "block_size": 8,
+            "recompute": "all_but_attention" if is_recomputing else "none",
+            **offload,
         },
         text={"dropout": 0.1, "recompute": "all" if is_recomputing else "none", **offload},
         multimodal_keep_rate=0.7,

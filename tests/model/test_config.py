@@ -136,7 +136,10 @@ def test_keep_count_rounds_up_in_double_precision() -> None:
         ),
         ({"recompute": True}, ["recompute", "'none', 'all_but_attention' or 'all'"]),
         ({"offload_activations": True}, ["offload_activations", "recompute none", "set recompute to all"]),
-        ({"official_quirks": True, "recompute": "all_but_attention"}, ["official_quirks", "take recompute all"]),
+        (
+            {"official_quirks": True, "recompute": "all_but_attention"},
+            ["official_quirks", "take recompute all"],
+        ),
         (
             {"attention_backend": "reference", "recompute": "all_but_attention"},
             ["attention_backend reference", "take recompute all"],
