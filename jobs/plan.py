@@ -10,7 +10,6 @@ import yaml
 from rich.table import Table
 
 from infra.config_io import apply_overrides
-from infra.engine import torch_dtype
 from jobs.bench_record import print_table
 from jobs.memory_plan import Prediction
 from jobs.memory_probe import ProbeRequest, ShortageError, probe
@@ -29,10 +28,10 @@ from jobs.plan_search import (
 )
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
-from model.attention import choose_backend
 from pipeline.errors import ShardError
 from pipeline.manifest import read_manifest
-from pipeline.storage import storage_path
+from pipeline.storage import StoragePath, storage_path
+from pipeline.text import CaptionTokenizer
 
 MIB, GIB = 2**20, 2**30
 # CUDA's context and the workspace of cuBLAS take this of a GPU before a tensor is made; its allocator rounds up.
@@ -66,7 +65,7 @@ def run_plan(
     usable = wanted.memory_bytes - (GPU_RESERVE_BYTES if recipe.cluster.use_gpu else 0)
     host = (wanted.host_bytes or psutil.virtual_memory().total) - loader_bytes(recipe) * wanted.num_devices
     report.say(
-        f"{recipe.name} on {wanted.num_devices} x {wanted.memory_bytes / GIB:.2f} GiB"
+        f"{recipe.name} on {wanted.num_devices} x {_amount(wanted.memory_bytes)}"
         + (
             f", of which {GPU_RESERVE_BYTES / MIB:.0f} MiB go to CUDA itself"
             if recipe.cluster.use_gpu
@@ -103,6 +102,9 @@ def workload(recipe: Recipe, stage: StageConfig, num_devices: int) -> Workload:
     """What one rank of so many has to do for a stage."""
     num_clips, num_tags = data_size(recipe)
     model = recipe.stage_model(stage)
+    if (vocabulary := vocabulary_file(recipe)) is not None:
+        vocab_size = CaptionTokenizer(vocabulary, recipe.loader.text_length).vocab_size
+        model = model.replaced(text={"vocab_size": vocab_size})
     if recipe.cluster.use_gpu and model.video.attention_backend == "auto":
         model = model.replaced(video={"attention_backend": "blocks"})
     return Workload(
@@ -132,6 +134,14 @@ def data_size(recipe: Recipe) -> tuple[int, tuple[int, int]]:
     return manifest.num_clips, (manifest.num_verbs, manifest.num_nouns)
 
 
+def vocabulary_file(recipe: Recipe) -> StoragePath | str | None:
+    """The data's vocabulary; None before there are shards, when the model's own size counts."""
+    if recipe.data.vocabulary is not None:
+        return recipe.data.vocabulary
+    path = storage_path(recipe.data.shards) / "train" / "vocab.txt"
+    return path if path.is_file() else None
+
+
 def loader_bytes(recipe: Recipe) -> int:
     """Host memory of the uint8 batches that one rank's loader has ready, in the stage that takes most."""
     frame = 3 * recipe.loader.image_size**2
@@ -141,13 +151,8 @@ def loader_bytes(recipe: Recipe) -> int:
 
 def has_kernel(recipe: Recipe) -> bool:
     """Whether attention runs as one operation whose result can be kept."""
-    if recipe.cluster.use_gpu:
-        return recipe.model.video.attention_backend == "triton"
-    import torch
-
-    dtype = torch_dtype(recipe.engine)
-    chosen = choose_backend(torch.device("cpu"), dtype, 0, recipe.model.video.attention_backend)
-    return chosen == "fused"
+    video = recipe.model.video
+    return not video.official_quirks and video.attention_backend != "reference"
 
 
 def overrides(recipe: Recipe, plan: Plan, num_devices: int) -> list[str]:
@@ -276,7 +281,7 @@ def _nothing_fits(wish: Wish, wanted: Wanted) -> str:
     return (
         f"Nothing fits: with {engine_words(wish.settings)}, recompute {recompute_words(wish.settings.recompute)}, "
         f"stage {wish.stage} misses {wish.missing_bytes / MIB:.0f} MiB at one clip at a time. Give it "
-        f"{(wanted.memory_bytes + wish.missing_bytes) / GIB:.2f} GiB or more devices; or take fewer frames, a lower "
+        f"{_amount(wanted.memory_bytes + wish.missing_bytes)} or more devices; or take fewer frames, a lower "
         "keep_rate, a smaller model, or engine.precision: bf16."
     )
 
@@ -287,6 +292,10 @@ def _missed(wish: Wish) -> str:
         f"{engine_words(wish.settings)}, recompute {recompute_words(wish.settings.recompute)}, misses "
         f"{wish.missing_bytes / MIB:.1f} MiB"
     )
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
 def _yaml(value: object) -> str:
