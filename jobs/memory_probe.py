@@ -86,6 +86,7 @@ def _start(request: ProbeRequest, rank: int, folder: Path) -> subprocess.Popen[b
         "WORLD_SIZE": str(request.world_size),
         "LOCAL_WORLD_SIZE": str(request.world_size),
         "OMP_NUM_THREADS": str(request.num_threads),
+        "OMP_WAIT_POLICY": "passive",  # threads that wait actively take the cores of the other ranks
     }
     command = [sys.executable, "-m", "jobs.memory_probe", request.model_dump_json(), str(folder)]
     with (folder / f"{rank}.log").open("wb") as log:

@@ -1,5 +1,6 @@
 """A step that runs out of memory is done again with half the micro-batch, on all ranks, and computes the same."""
 
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
 
 def real_shortage() -> None:
     """In a process of its own: its allocator stays replaced. Memory is limited to what 3 clips at once need."""
+    torch.set_num_threads(1)
     budget = device_budget(cases.CPU, None)
     whole, peaks, losses = cases.batch(12), [], []
     engine, remembered = cases.engine_of(cases.PLAIN), []
@@ -132,8 +134,43 @@ def real_shortage() -> None:
     assert torch.equal(after, losses[2])
 
 
-def test_a_real_limit_is_kept_by_halving() -> None:
-    process = get_context("spawn").Process(target=real_shortage)
+def shortages_in_the_middle() -> None:
+    """An allocation that fails at step 3, and from step 6 on a limit that only 3 clips at once keep."""
+    torch.set_num_threads(1)
+    budget, whole = device_budget(cases.CPU, None), cases.batch(12)
+
+    def run(size: int | None, before_step: Callable[[int], None]) -> tuple[list[torch.Tensor], list[int]]:
+        engine, remembered = cases.engine_of(cases.PLAIN), []
+        step = _step(engine, remembered, size)
+        losses = []
+        for number in range(9):
+            before_step(number)
+            losses.append(step(number, whole))
+        return losses, remembered
+
+    peaks: dict[int, int] = {}
+    for size in (6, 3):
+        budget.reset_peak()
+        calm, _ = run(size, lambda _: None)
+        peaks[size] = budget.peak_bytes()
+
+    def disturb(number: int) -> None:
+        if number == 3:
+            budget.fail_allocation(1500)
+        if number == 6:
+            device_budget(cases.CPU, (peaks[3] + peaks[6]) // 2)
+
+    disturbed, remembered = run(None, disturb)
+    assert remembered == [6, 3], (remembered, peaks)
+    for number, (one, other) in enumerate(zip(calm, disturbed, strict=True)):
+        torch.testing.assert_close(
+            other, one, rtol=1e-5, atol=0, msg=lambda text, n=number: f"step {n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("case", [real_shortage, shortages_in_the_middle])
+def test_a_real_limit_is_kept_by_halving(case: Callable[[], None]) -> None:
+    process = get_context("spawn").Process(target=case)
     process.start()
     process.join()
     assert process.exitcode == 0
