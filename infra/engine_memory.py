@@ -41,17 +41,19 @@ def state_bytes(
     config: EngineConfig,
     world_size: int,
     largest_parameter: int = 0,
+    layer: int = 0,
 ) -> EngineMemory:
     """Bytes on one rank of `world_size`, for a module of that many elements.
 
     `largest_parameter` is the number of elements of the largest one: some temporaries have its size, which
-    matters where an embedding makes up a good part of the model.
+    matters where an embedding makes up a good part of the model. `layer` is that of the largest layer, which ZeRO 3
+    fetches as a whole.
     """
     if config.backend == "plain":
         return _plain(num_parameters, num_trainable, config, largest_parameter)
     if config.zero_stage == 0:
         return _zero_0(num_parameters, num_trainable, config, largest_parameter)
-    return _sharded(num_parameters, num_trainable, config, world_size, largest_parameter)
+    return _sharded(num_parameters, num_trainable, config, world_size, largest_parameter, layer)
 
 
 def _plain(total: int, trainable: int, config: EngineConfig, largest: int) -> EngineMemory:
@@ -83,7 +85,9 @@ def _zero_0(total: int, trainable: int, config: EngineConfig, largest: int) -> E
     )
 
 
-def _sharded(total: int, trainable: int, config: EngineConfig, world_size: int, largest: int) -> EngineMemory:
+def _sharded(
+    total: int, trainable: int, config: EngineConfig, world_size: int, largest: int, layer: int
+) -> EngineMemory:
     width, stage = _width(config), config.zero_stage
     master = 2 if config.bf16_states else 4
     share = -(-trainable // world_size)
@@ -113,8 +117,8 @@ def _sharded(total: int, trainable: int, config: EngineConfig, world_size: int, 
         optimizer=0 if is_offloaded else states + lasting,
         # One of the two buckets of ZeRO 3 lies where the optimizer does.
         buffers=0 if stage < 3 else bucket * (1 if is_offloaded else 2),
-        gathered=2 * width * largest if config.offload_parameters != "none" else 0,
-        partial_gradients=_partial_gradients(share, config, bucket) if reduces_often else None,
+        gathered=width * layer if config.offload_parameters != "none" else 0,
+        partial_gradients=_partial_gradients(share, config, bucket, largest) if reduces_often else None,
         # Reduced gradients go into a flat buffer while the whole ones are still there.
         reduction=0
         if reduces_often
@@ -124,10 +128,10 @@ def _sharded(total: int, trainable: int, config: EngineConfig, world_size: int, 
     )
 
 
-def _partial_gradients(share: int, config: EngineConfig, bucket: int) -> int:
+def _partial_gradients(share: int, config: EngineConfig, bucket: int, largest: int) -> int:
     if config.zero_stage == 3:
         return 0
-    return bucket + (0 if config.offload_optimizer != "none" else 2 * _width(config) * share)
+    return bucket + (0 if config.offload_optimizer != "none" else _width(config) * (2 * share + largest))
 
 
 def _sharded_update(trainable: int, share: int, config: EngineConfig, master: int, largest: int) -> int:

@@ -55,4 +55,6 @@ def predict(trace: StepTrace, engine: EngineMemory) -> Prediction:
 def engine_memory(model: ModelConfig, config: EngineConfig, world_size: int) -> EngineMemory:
     """What the engine holds for this model, all of whose parameters are trained."""
     total = model.num_parameters()
-    return state_bytes(total, total, config, world_size, model.largest_parameter())
+    return state_bytes(
+        total, total, config, world_size, model.largest_parameter(), model.video.layer_parameters()
+    )

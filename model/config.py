@@ -162,6 +162,10 @@ class VideoConfig(FrozenSettings, frozen=True):
         """Hidden width of the feed-forward part."""
         return round(self.width * self.mlp_ratio)
 
+    def layer_parameters(self) -> int:
+        """Parameters of one layer's matrices."""
+        return self.width * (4 * self.width + 2 * self.mlp_width)
+
     @property
     def is_dense(self) -> bool:
         """True when every patch sees every patch in the layout asked for."""

@@ -92,7 +92,10 @@ class VideoTextModel(nn.Module):
     def temperature(self) -> Float[Tensor, " 1"]:
         """What cosines are divided by, float32, within `temperature_range`."""
         if self.learned_temperature is None:
-            return torch.full((1,), self.config.temperature, device=self.video_projection.weight.device)
+            # The device of a buffer: ZeRO 3 takes a parameter that is touched here for one that this module computes
+            # with, and fails where its list of them has changed since it recorded the order of calls.
+            codes: Tensor = self.video_encoder.codes  # pyright: ignore[reportAssignmentType]
+            return torch.full((1,), self.config.temperature, device=codes.device)
         learned = self.learned_temperature.float()
         # The value is clamped, the gradient passes, so that a temperature at the border can come back.
         return learned + (learned.clamp(*self.config.temperature_range) - learned).detach()
