@@ -21,7 +21,7 @@ class EngineMemory(NamedTuple):
 
     parameters: int
     optimizer: int  # master weights, both moments, and ZeRO 3's lasting gradients
-    buffers: int  # ZeRO 3's buckets
+    buffers: int  # ZeRO 3's buckets, and what gradients go to the host through
     gathered: int  # parameters that are fetched for a layer
     # Of gradients in backward, where each call reduces them; None: whole ones pile up until the last call.
     partial_gradients: int | None
@@ -101,7 +101,7 @@ def _sharded(
     host = 0
     if config.offload_optimizer == "cpu":
         # ZeRO 1 and 2 copy new parameters through a buffer, and take gradients of several backward calls in one.
-        extra = width * (2 + reduces_often) if stage < 3 else 0
+        extra = width * (1 + reduces_often) if stage < 3 else 0
         host += states + lasting + (master + extra) * share + (width * largest if stage < 3 else bucket)
         host += 4 * share if stage < 3 else 0
     elif config.offload_optimizer == "nvme":
@@ -115,8 +115,7 @@ def _sharded(
     return EngineMemory(
         parameters=0 if config.offload_parameters != "none" else parameters,
         optimizer=0 if is_offloaded else states + lasting,
-        # One of the two buckets of ZeRO 3 lies where the optimizer does.
-        buffers=0 if stage < 3 else bucket * (1 if is_offloaded else 2),
+        buffers=_buffers(config, bucket, largest),
         gathered=width * layer if config.offload_parameters != "none" else 0,
         partial_gradients=_partial_gradients(share, config, bucket, largest) if reduces_often else None,
         # Reduced gradients go into a flat buffer while the whole ones are still there.
@@ -126,6 +125,13 @@ def _sharded(
         update=_sharded_update(trainable, share, config, master, largest),
         host=host,
     )
+
+
+def _buffers(config: EngineConfig, bucket: int, largest: int) -> int:
+    is_offloaded = config.offload_optimizer != "none"
+    if config.zero_stage == 3:
+        return bucket * (1 if is_offloaded else 2)  # one of the two lies where the optimizer does
+    return _width(config) * largest if is_offloaded else 0  # gradients on their way to the host
 
 
 def _partial_gradients(share: int, config: EngineConfig, bucket: int, largest: int) -> int:

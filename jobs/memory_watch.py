@@ -30,6 +30,24 @@ def open_budget(device: torch.device, limit: str | None) -> tuple[Budget | None,
     return device_budget(device, None if limit is None else before + parse_memory(limit)), before
 
 
+def batches_that_fit(wanted: int, batch_bytes: int, free_bytes: int) -> int:
+    """How many batches may be decoded ahead: at most `wanted`, in half of the free host memory, and at least one.
+
+    Another one is being decoded and one is in use meanwhile. Fewer than wanted are a warning of the log.
+    """
+    fitting = max(1, free_bytes // 2 // batch_bytes - 2)
+    if fitting < wanted:
+        logger.warning(
+            "host memory: %d batches of %.0f MiB ahead do not fit in half of the %.0f MiB that are free for each "
+            "rank; %d from now on. Lower loader.prefetch_batches or global_batch_size, or add hosts",
+            wanted,
+            batch_bytes / MIB,
+            free_bytes / MIB,
+            fitting,
+        )
+    return min(wanted, fitting)
+
+
 class MemoryWatch:
     """Compares the largest peak of all ranks with the prediction, and says so once for each size that is reached."""
 

@@ -4,6 +4,7 @@ Runs inside a worker process that Ray Train placed and joined with the others by
 """
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from infra.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
@@ -23,7 +25,7 @@ from infra.runtime import peak_rss_bytes
 from jobs.damaged_steps import DamagedSteps
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
 from jobs.memory_plan import Prediction, engine_memory, predict
-from jobs.memory_watch import MemoryWatch, open_budget
+from jobs.memory_watch import MemoryWatch, batches_that_fit, open_budget
 from jobs.ranks import ProcessGroupRanks, Ranks
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
 from jobs.rehearsal import rehearsal_batch
@@ -36,6 +38,7 @@ from model.optim import lr_factor, parameter_groups
 from model.step_key import derive_seed
 from model.video_text_model import VideoTextModel
 from model.weights import load_for_num_frames
+from pipeline.config import LoaderConfig
 from pipeline.loader import Batch, BatchLoader
 from pipeline.questions import read_questions
 from pipeline.storage import storage_path
@@ -273,7 +276,7 @@ def build_loader(context: StageContext, store: ClipStore) -> BatchLoader:
     return BatchLoader(
         store,
         context.tokenizer,
-        context.recipe.loader,
+        loader_that_fits(context),
         context.stage.num_frames,
         seed=derive_seed(context.recipe.seed, "order", context.number),
         global_batch_size=context.stage.global_batch_size,
@@ -282,6 +285,19 @@ def build_loader(context: StageContext, store: ClipStore) -> BatchLoader:
         with_companions=context.stage.scene_companions,
         on_thread=context.budget.keep_thread_on_host if context.budget else lambda: None,
     )
+
+
+def loader_that_fits(context: StageContext) -> LoaderConfig:
+    """The recipe's loader, with fewer batches decoded ahead where the host lacks memory for them: a stage that was
+    killed for want of it comes back with what is left. Collective.
+    """
+    loader, stage = context.recipe.loader, context.stage
+    batch_bytes = stage.clips_per_rank(context.ranks.world_size) * stage.num_frames * 3 * loader.image_size**2
+    host = socket.gethostname()
+    on_this_host = context.ranks.gather(host).count(host)
+    free_bytes = psutil.virtual_memory().available // on_this_host
+    depth = batches_that_fit(loader.prefetch_batches, batch_bytes, free_bytes)
+    return loader.model_copy(update={"prefetch_batches": depth})
 
 
 def build_or_restore(context: StageContext, checkpoints: CheckpointStore) -> tuple[Engine, int]:
