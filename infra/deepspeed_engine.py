@@ -173,6 +173,30 @@ class DeepSpeedEngine:
         for buffer in stale:
             buffer.zero_()
 
+    def offloaded_tensors(self) -> list[Tensor]:
+        """What `cpu` offload keeps on the host between two steps, whole after the first. On the CPU, where no device
+        tells it from the rest, who counts memory can book it apart.
+        """
+        optimizer, config = self._engine.optimizer, self._config
+        found: list[Tensor] = []
+        if config.offload_optimizer == "cpu":
+            masters = (
+                optimizer.fp32_partitioned_groups_flat
+                if config.zero_stage == 3
+                else getattr(optimizer, _MASTERS)
+            )
+            found += [*masters, *(master.grad for master in masters)]
+            found += [value for state in optimizer.optimizer.state.values() for value in state.values()]
+            if config.zero_stage == 3:
+                found.append(optimizer.grad_partitions_flat_buffer)
+            else:
+                found += optimizer.param_buffer_of_bit16_for_cpu_offload_groups
+                found.append(optimizer.temp_grad_buffer_for_cpu_offload)
+                found += optimizer.accumulated_grads_in_cpu.values()
+        if config.offload_parameters == "cpu":
+            found += optimizer.param_groups_fp16_flat_cpu_memory
+        return [value for value in found if isinstance(value, Tensor)]
+
     def gradients(self) -> dict[str, Tensor]:
         self._order.require_gradient("gradients")
         gradients = {}

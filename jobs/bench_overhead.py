@@ -1,0 +1,168 @@
+"""What the pipeline costs around the training step, as measured by `svitt bench train`: a stage as `svitt submit` runs
+it, in turn with the same steps in a bare loop.
+
+Bare are the same number of ranks and threads, the same model, engine and step on batches read beforehand; no Ray,
+loader, MLflow, journal or checkpoints. The window of both runs from the end of the first save to the end of the last,
+so every save in it stands for `checkpoint.every_steps` steps and start-up is outside. Checkpoints go to the system's
+temporary folder: let TMPDIR name one on the disk that counts.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.config_io import dump_yaml
+from infra.journal import Record, valid_records
+from infra.runtime import environment
+from jobs.bench_record import BenchError, Ratio, Spread
+from jobs.bench_train_worker import TimeLimitError, ask
+from jobs.recipe import Recipe
+from jobs.run_dir import RunDir
+from jobs.submit import open_run
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRun:
+    """Milliseconds of a step of a stage, from the end of its first save to that of its last.
+
+    `busy_ms` is the step itself, `wait_ms` the wait for its batch, `save_ms` a step's share of the saves. `start_s` is
+    the time from the command to the first report.
+    """
+
+    num_steps: int
+    step_ms: float
+    busy_ms: float
+    wait_ms: float
+    save_ms: float
+    start_s: float
+
+    @property
+    def rest_ms(self) -> float:
+        """Reporting, asking the other ranks, and what else the loop does between two steps."""
+        return self.step_ms - self.busy_ms - self.wait_ms - self.save_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Both in turn. `over` is the pipeline's time over the bare loop's; the others split the difference, in
+    milliseconds of a step: `slower_ms` is how much longer the step itself takes in the pipeline.
+    """
+
+    runs: tuple[PipelineRun, ...]
+    bare_ms: Spread
+    pipeline_ms: Spread
+    over: Ratio
+    slower_ms: Spread
+    wait_ms: Spread
+    save_ms: Spread
+    rest_ms: Spread
+    start_s: Spread
+
+    @staticmethod
+    def of(runs: tuple[PipelineRun, ...], bare_ms: list[float]) -> "Overhead":
+        steps = [run.step_ms for run in runs]
+        return Overhead(
+            runs=runs,
+            bare_ms=Spread.of(bare_ms),
+            pipeline_ms=Spread.of(steps),
+            over=Ratio.of(steps, bare_ms),
+            slower_ms=Spread.of([run.busy_ms - bare for run, bare in zip(runs, bare_ms, strict=True)]),
+            wait_ms=Spread.of([run.wait_ms for run in runs]),
+            save_ms=Spread.of([run.save_ms for run in runs]),
+            rest_ms=Spread.of([run.rest_ms for run in runs]),
+            start_s=Spread.of([run.start_s for run in runs]),
+        )
+
+
+def one_stage(recipe: Recipe, number: int, num_steps: int) -> Recipe:
+    """Stage `number` of a recipe alone, from random weights, unscored, with an MLflow store beside its run."""
+    stage = recipe.stages[number - 1]
+    length = {"num_steps": num_steps, "num_epochs": None, "warmup_steps": min(stage.warmup_steps, num_steps)}
+    changes = {
+        "stages": (stage.model_copy(update=length),),
+        "data": recipe.data.model_copy(update={"egomcq": None}),
+        "cluster": recipe.cluster.model_copy(update={"address": None, "max_failures": 0}),
+        "tracking": recipe.tracking.model_copy(update={"uri": None}),
+    }
+    return recipe.model_copy(update=changes)
+
+
+def measure_overhead(
+    recipe: Recipe, rounds: int, limit_s: float, keep: Callable[[Overhead], None]
+) -> Overhead:
+    """`recipe` is that of `one_stage`; `limit_s` is for one run. `keep` is told the result after every round."""
+    runs: list[PipelineRun] = []
+    bare_ms: list[float] = []
+    overhead: Overhead | None = None
+    for _ in range(rounds):
+        # A short name: the sockets of Ray lie below it, and a socket's path has at most 107 characters.
+        with tempfile.TemporaryDirectory(prefix="b-", ignore_cleanup_errors=True) as folder:
+            runs.append(run_pipeline(recipe, Path(folder), limit_s))
+        with tempfile.TemporaryDirectory(prefix="b-") as folder:
+            bare_ms.append(run_bare(recipe, Path(folder), limit_s))
+        overhead = Overhead.of(tuple(runs), bare_ms)
+        keep(overhead)
+    assert overhead is not None, "checked: at least one round"
+    return overhead
+
+
+def run_pipeline(recipe: Recipe, folder: Path, limit_s: float) -> PipelineRun:
+    """One run of a stage by `svitt submit`, with everything it writes in `folder`."""
+    recipe_file, run = folder / "recipe.yaml", RunDir(folder / "run")
+    recipe_file.write_text(dump_yaml(recipe))
+    command = [sys.executable, "-m", "jobs", "submit", str(recipe_file), "--workspace", str(folder)]
+    began_s = time.time()
+    with environment({"TMPDIR": str(folder)}):
+        try:
+            done = subprocess.run(
+                [*command, "--run-dir", str(run.path)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=limit_s,
+                cwd=Path(__file__).resolve().parent.parent,
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeLimitError(
+                f"the stage did not end within {limit_s:.0f} s; give fewer --steps or more --limit-s"
+            ) from None
+    if done.returncode:
+        raise BenchError(f"svitt submit ended with {done.returncode}:\n{done.stdout[-2000:]}")
+    return pipeline_run(valid_records(run.journal(1)), began_s)
+
+
+def pipeline_run(records: list[Record], began_s: float) -> PipelineRun:
+    """Figures of a finished stage from its journal; `began_s` is when its command was given, as seconds since 1970."""
+    saves = {record.step: record for record in records if "perf/save_s" in record.values}
+    reports = [record for record in records if "perf/step_ms" in record.values]
+    first, last = min(saves), max(saves)
+    num_steps, busy_ms, wait_ms, before = last - first, 0.0, 0.0, first
+    for report in reports:
+        if report.step > first:
+            waited_ms = report.values["perf/data_wait_ms"]
+            wait_ms += waited_ms * (report.step - before)
+            busy_ms += (report.values["perf/step_ms"] - waited_ms) * (report.step - before)
+            before = report.step
+    save_s = sum(record.values["perf/save_s"] for step, record in saves.items() if step > first)
+    return PipelineRun(
+        num_steps=num_steps,
+        step_ms=(saves[last].time_ms - saves[first].time_ms) / num_steps,
+        busy_ms=busy_ms / num_steps,
+        wait_ms=wait_ms / num_steps,
+        save_ms=1e3 * save_s / num_steps,
+        start_s=reports[0].time_ms / 1e3 - began_s,
+    )
+
+
+def run_bare(recipe: Recipe, folder: Path, limit_s: float) -> float:
+    """Milliseconds of a step of the same window without the pipeline."""
+    run, cluster = open_run(recipe, folder / "run"), recipe.cluster
+    num_steps, first_step = recipe.stages[0].num_steps, recipe.checkpoint.every_steps
+    assert num_steps is not None, "one_stage sets it"
+    arguments = {"run_dir": str(run.path), "first_step": first_step, "num_steps": num_steps}
+    answers = ask("bare", arguments, cluster.num_workers, cluster.cpus_per_worker, limit_s)
+    return 1e3 * max(answer["window_s"] for answer in answers) / (num_steps - first_step)
