@@ -6,8 +6,9 @@ allocator, and figures count only against others of the same run.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from infra.config import EngineConfig
 from infra.runtime import provenance
-from jobs.bench_overhead import Overhead, measure_overhead, one_stage
+from jobs.bench_overhead import Overhead, measure_overhead, one_stage, overhead_lines
 from jobs.bench_record import BenchError, Ratio, Spread, print_table, processor, require_writable
 from jobs.bench_train_worker import Shape, TimeLimitError, arguments_of, ask
 from jobs.progress import ProgressReport
@@ -37,8 +38,8 @@ ENGINES = {
 }
 _RANKS = 2
 _MIB = 2**20
-# Percent that a step may take longer in the pipeline, of a demo's step and of one of the small model's.
-_OVERHEAD_AIMS = "aims: 5 % at demo size, 2 % at small size"
+Keep = Callable[[str, Any], None]
+Answers = Sequence[dict[str, Any]]  # of the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One step over a whole batch. `growth` of the peak is over the first batch, in percent."""
+    """One step over a whole batch. `growth` of the peak is over the smallest batch, in percent."""
 
     batch_size: int
     step_s: float
@@ -106,7 +107,7 @@ class EngineRow:
     clips_per_s: float
     peak_device_bytes: int
     peak_host_bytes: int
-    to_plain: Ratio | None
+    to_plain: Ratio
 
 
 def bench_train(
@@ -143,10 +144,16 @@ def bench_train(
 
 
 def _check(plan: TrainPlan, recipe: Recipe | None, num_threads: int) -> None:
-    numbers = {f.name: getattr(plan, f.name) for f in fields(plan) if f.type in ("int", int, float)}
-    low = {name: value for name, value in {**numbers, "threads": num_threads}.items() if value < 1}
-    if low or not plan.parts:
-        raise BenchError(f"settings that cannot be measured: {low or 'no part'}; each has to be 1 or more")
+    numbers = {
+        "threads": num_threads,
+        "frames": plan.num_frames,
+        "micro-batch": plan.micro_batch_size,
+        "rounds": plan.rounds,
+        "limit-s": plan.limit_s,
+    }
+    low = {name: value for name, value in numbers.items() if value < 1}
+    if low:
+        raise BenchError(f"settings that cannot be measured: {low}; each has to be 1 or more")
     if "batch" in plan.parts:
         _check_batches(plan)
     if "engines" in plan.parts:
@@ -203,27 +210,36 @@ def _num_steps(plan: TrainPlan, recipe: Recipe) -> int:
     return 4 * recipe.checkpoint.every_steps if plan.steps is None else plan.steps
 
 
-def _bench_batches(
-    plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Callable[[str, Any], None]
-) -> None:
+def _bench_batches(plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Keep) -> None:
     rows: list[BatchRow] = []
     for batch_size in sorted(plan.batches):
         expected_s = rows[-1].step_s * batch_size / rows[-1].batch_size if rows else 0.0
-        if expected_s > plan.limit_s:
-            report.say(f"batch {batch_size}: left out, a step would take some {expected_s:.0f} s; --limit-s")
-            continue
-        report.say(
-            f"measuring a batch of {batch_size}, about {expected_s:.0f} s" if rows else "measuring batches"
-        )
-        arguments = arguments_of(plan.shape(batch_size), num_steps=1)
+        report.say(f"measuring a batch of {batch_size}" + (f", some {expected_s:.0f} s" if rows else ""))
         try:
+            if expected_s > plan.limit_s:
+                raise TimeLimitError(f"a step would take longer than {plan.limit_s:.0f} s")
+            arguments = arguments_of(plan.shape(batch_size), num_steps=1)
             (answer,) = ask("batch", arguments, 1, num_threads, plan.limit_s)
         except TimeLimitError as error:
-            report.say(f"batch {batch_size}: left out, {error}; --limit-s")
+            report.say(f"batch {batch_size} is left out: {error}; raise --limit-s")
             continue
         rows.append(batch_row(batch_size, answer, rows[0] if rows else None))
         keep("batch", [asdict(row) for row in rows])
-    print_table(report.console, batch_table(rows, plan))
+    report.say(
+        f"One optimizer step of one rank, {plan.size} model, {plan.num_frames} frames, plain engine, micro-batches of "
+        f"{plan.micro_batch_size}; the pixels of the batch lie on the host and are not counted"
+    )
+    shown = [
+        (
+            str(r.batch_size),
+            f"{r.step_s:.4g}",
+            f"{r.clips_per_s:.3g}",
+            _mib(r.peak_device_bytes),
+            f"{r.growth:.2f}",
+        )
+        for r in rows
+    ]
+    _show(report, ("batch", "step s", "clips/s", "peak MiB", "growth %"), shown)
 
 
 def batch_row(batch_size: int, answer: dict[str, Any], first: BatchRow | None) -> BatchRow:
@@ -233,47 +249,22 @@ def batch_row(batch_size: int, answer: dict[str, Any], first: BatchRow | None) -
     return BatchRow(batch_size, step_s, batch_size / step_s, peak, growth)
 
 
-def batch_table(rows: Sequence[BatchRow], plan: TrainPlan) -> Table:
-    """Batches against memory."""
-    shown = _table(
-        f"One optimizer step of one rank, {plan.size} model, {plan.num_frames} frames, micro-batches of "
-        f"{plan.micro_batch_size}, plain engine, pixels of the batch not counted",
-        ("batch",),
-        ("step s", "clips/s", "peak MiB", "growth %"),
-    )
-    for row in rows:
-        figures = (
-            f"{row.step_s:.4g}",
-            f"{row.clips_per_s:.3g}",
-            _mib(row.peak_device_bytes),
-            f"{row.growth:.2f}",
-        )
-        shown.add_row(str(row.batch_size), *figures)
-    return shown
-
-
-def _bench_passes(
-    plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Callable[[str, Any], None]
-) -> None:
+def _bench_passes(plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Keep) -> None:
     sizes = plan.micro_batch_sizes
-    report.say(f"measuring one pass and two over {plan.pass_batch} clips, in turn")
-    shape = plan.shape(plan.pass_batch)
-    arguments = arguments_of(shape, micro_batch_sizes=sizes, rounds=plan.rounds)
+    report.say(f"measuring {plan.pass_batch} clips in one pass and in two, in turn")
+    arguments = arguments_of(plan.shape(plan.pass_batch), micro_batch_sizes=sizes, rounds=plan.rounds)
     (samples,) = ask("passes", arguments, 1, num_threads, plan.limit_s)
     rows = pass_rows(sizes, samples)
     keep("passes", [asdict(row) for row in rows])
-    shown = _table(
-        f"One step over {plan.pass_batch} clips in one pass and in two, {plan.size} model, {plan.num_frames} frames",
-        ("micro-batch",),
-        ("wall s", "spread", "CPU s", "spread", "wall x one pass", "CPU x one pass"),
+    shown = [
+        (str(r.micro_batch_size), *_both(r.wall_s), *_both(r.cpu_s), _words(r.wall), _words(r.cpu))
+        for r in rows
+    ]
+    names = ("micro-batch", "wall s", "spread", "CPU s", "spread", "wall x one pass", "CPU x one pass")
+    report.say(
+        f"One step over {plan.pass_batch} clips, {plan.size} model, {plan.num_frames} frames; aim: 1.35"
     )
-    for row in rows:
-        times = (
-            part for spread in (row.wall_s, row.cpu_s) for part in (f"{spread.median:.4g}", _range(spread))
-        )
-        shown.add_row(str(row.micro_batch_size), *times, _words(row.wall), _words(row.cpu))
-    print_table(report.console, shown)
-    report.say("aim: 1.35 times the CPU time of one pass, or less")
+    _show(report, names, shown)
 
 
 def pass_rows(sizes: Sequence[int], samples: Sequence[Sequence[Sequence[float]]]) -> list[PassRow]:
@@ -287,43 +278,39 @@ def pass_rows(sizes: Sequence[int], samples: Sequence[Sequence[Sequence[float]]]
     ]
 
 
-def _bench_engines(
-    plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Callable[[str, Any], None]
-) -> None:
-    samples: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in plan.engines}
-    shape, rows = plan.shape(plan.engine_batch // _RANKS), []
-    with report.task("engines", plan.rounds * len(plan.engines)) as task:
-        for _ in range(plan.rounds):
-            for name in plan.engines:
-                arguments = arguments_of(shape, engine=ENGINES[name].model_dump(mode="json"), num_steps=2)
-                threads = max(1, num_threads // _RANKS)
-                samples[name].append(ask("engine", arguments, _RANKS, threads, plan.limit_s))
-                task.advance(note=name)
-            rows = engine_rows(samples, plan.engine_batch)
-            keep("engines", [asdict(row) for row in rows])
-    shown = _table(
+def _bench_engines(plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Keep) -> None:
+    samples: dict[str, list[Answers]] = {name: [] for name in plan.engines}
+    shape, threads = plan.shape(plan.engine_batch // _RANKS), max(1, num_threads // _RANKS)
+    rows: list[EngineRow] = []
+    for number in range(1, plan.rounds + 1):
+        for name in plan.engines:
+            report.say(f"measuring {name}, round {number} of {plan.rounds}")
+            arguments = arguments_of(shape, engine=ENGINES[name].model_dump(mode="json"), num_steps=2)
+            samples[name].append(ask("engine", arguments, _RANKS, threads, plan.limit_s))
+        rows = engine_rows(samples, plan.engine_batch)
+        keep("engines", [asdict(row) for row in rows])
+    report.say(
         f"{_RANKS} ranks, batch {plan.engine_batch}, micro-batches of {plan.micro_batch_size}, {plan.size} model, "
-        f"{plan.num_frames} frames; memory of one rank",
-        ("engine",),
-        ("step s", "spread", "clips/s", "device MiB", "host MiB", "time x plain"),
+        f"{plan.num_frames} frames; memory of the rank that takes more"
     )
-    for row in rows:
-        shown.add_row(
-            row.name,
-            f"{row.step_s.median:.4g}",
-            _range(row.step_s),
-            f"{row.clips_per_s:.3g}",
-            _mib(row.peak_device_bytes),
-            _mib(row.peak_host_bytes),
-            "-" if row.to_plain is None else _words(row.to_plain),
+    shown = [
+        (
+            r.name,
+            *_both(r.step_s),
+            f"{r.clips_per_s:.3g}",
+            _mib(r.peak_device_bytes),
+            _mib(r.peak_host_bytes),
+            _words(r.to_plain),
         )
-    print_table(report.console, shown)
+        for r in rows
+    ]
+    _show(report, ("engine", "step s", "spread", "clips/s", "device MiB", "host MiB", "time x plain"), shown)
 
 
-def engine_rows(samples: dict[str, list[list[dict[str, Any]]]], batch_size: int) -> list[EngineRow]:
+def engine_rows(samples: Mapping[str, Sequence[Answers]], batch_size: int) -> list[EngineRow]:
     """Rows of the ranks' answers of every round. A round's time is the mean of its steps, of the slower rank."""
     times = {
-        name: [max(sum(a["step_s"]) / len(a["step_s"]) for a in answers) for answers in rounds]
+        name: [max(statistics.fmean(answer["step_s"]) for answer in answers) for answers in rounds]
         for name, rounds in samples.items()
     }
 
@@ -337,50 +324,26 @@ def engine_rows(samples: dict[str, list[list[dict[str, Any]]]], batch_size: int)
             clips_per_s=batch_size / Spread.of(seconds).median,
             peak_device_bytes=most(name, "peak_device_bytes"),
             peak_host_bytes=most(name, "peak_host_bytes"),
-            to_plain=None if name == PLAIN else Ratio.of(seconds, times[PLAIN]),
+            to_plain=Ratio.of(seconds, times[PLAIN]),
         )
         for name, seconds in times.items()
     ]
 
 
-def _bench_overhead(
-    plan: TrainPlan, recipe: Recipe, report: ProgressReport, keep: Callable[[str, Any], None]
-) -> None:
-    steps = _num_steps(plan, recipe)
-    staged = one_stage(recipe, plan.stage, steps)
-    first = staged.checkpoint.every_steps
-    report.say(
-        f"measuring steps {first + 1} to {steps} of stage {plan.stage} of {recipe.name}, with the pipeline and bare"
-    )
-    settings = staged.model_dump(
-        mode="json", include={"stages", "engine", "cluster", "checkpoint", "model", "loader"}
-    )
+def _bench_overhead(plan: TrainPlan, recipe: Recipe, report: ProgressReport, keep: Keep) -> None:
+    staged = one_stage(recipe, plan.stage, _num_steps(plan, recipe))
+    report.say(f"measuring stage {plan.stage} of {recipe.name}, in the pipeline and bare, in turn")
 
     def kept(overhead: Overhead) -> None:
-        keep("overhead", {**asdict(overhead), "recipe": recipe.name, "settings": settings})
-        run = overhead.runs[-1]
-        report.say(f"round {len(overhead.runs)}: {run.step_ms:.2f} ms a step, started in {run.start_s:.0f} s")
+        keep(
+            "overhead",
+            {**asdict(overhead), "recipe": staged.model_dump(mode="json", exclude={"data", "workspace"})},
+        )
+        run, bare_ms = overhead.runs[-1], overhead.bare_ms[-1]
+        report.say(f"round {len(overhead.runs)}: {run.step_ms:.2f} ms a step, bare {bare_ms:.2f}")
 
     for line in overhead_lines(measure_overhead(staged, plan.rounds, plan.limit_s, kept)):
         report.say(line)
-
-
-def overhead_lines(overhead: Overhead) -> list[str]:
-    """The overhead in words."""
-    rounds = overhead.over.rounds
-    ends = f"{100 * (rounds.least - 1):.1f} to {100 * (rounds.most - 1):.1f} % by round, n {rounds.n}"
-    parts = (
-        ("the step itself", overhead.slower_ms),
-        ("waiting for data", overhead.wait_ms),
-        ("saving", overhead.save_ms),
-        ("the rest", overhead.rest_ms),
-    )
-    return [
-        f"a step takes {overhead.pipeline_ms.median:.2f} ms in the pipeline and {overhead.bare_ms.median:.2f} ms bare: "
-        f"{100 * (overhead.over.of_medians - 1):.1f} % more ({ends}; {_OVERHEAD_AIMS})",
-        "of it, in ms a step: " + ", ".join(f"{name} {ms.median:.2f} ({_range(ms)})" for name, ms in parts),
-        f"from the command to the first report: {overhead.start_s.median:.1f} s ({_range(overhead.start_s)})",
-    ]
 
 
 def with_options(plan: TrainPlan, **options: Any) -> TrainPlan:
@@ -388,22 +351,22 @@ def with_options(plan: TrainPlan, **options: Any) -> TrainPlan:
     return replace(plan, **{name: value for name, value in options.items() if value not in (None, ())})
 
 
-def _table(title: str, names: Sequence[str], figures: Sequence[str]) -> Table:
-    shown = Table(title=title, title_justify="left")
-    for name in names:
-        shown.add_column(name)
-    for name in figures:
+def _show(report: ProgressReport, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = Table(names[0])
+    for name in names[1:]:
         shown.add_column(name, justify="right")
-    return shown
+    for row in rows:
+        shown.add_row(*row)
+    print_table(report.console, shown)
 
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / _MIB:.1f}"
 
 
-def _range(spread: Spread) -> str:
-    return f"{spread.least:.3g}-{spread.most:.3g} (n {spread.n})"
+def _both(spread: Spread) -> tuple[str, str]:
+    return f"{spread.median:.4g}", f"{spread.least:.3g}-{spread.most:.3g} (n {spread.n})"
 
 
 def _words(ratio: Ratio) -> str:
-    return f"{ratio.of_medians:.3f} ({ratio.rounds.least:.3f}-{ratio.rounds.most:.3f}, n {ratio.rounds.n})"
+    return f"{ratio.of_medians:.3f} ({ratio.rounds.least:.3f}-{ratio.rounds.most:.3f})"
