@@ -78,11 +78,14 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One step over a whole batch. `growth` of the peak is over the smallest batch, in percent."""
+    """One step over a whole batch. `resident_bytes` are there before it: weights, their copies, moments of AdamW.
+    `growth` of the peak is over the smallest batch, in percent.
+    """
 
     batch_size: int
     step_s: float
     clips_per_s: float
+    resident_bytes: int
     peak_device_bytes: int
     growth: float
 
@@ -234,19 +237,20 @@ def _bench_batches(plan: TrainPlan, num_threads: int, report: ProgressReport, ke
             str(r.batch_size),
             f"{r.step_s:.4g}",
             f"{r.clips_per_s:.3g}",
+            _mib(r.resident_bytes),
             _mib(r.peak_device_bytes),
             f"{r.growth:.2f}",
         )
         for r in rows
     ]
-    _show(report, ("batch", "step s", "clips/s", "peak MiB", "growth %"), shown)
+    _show(report, ("batch", "step s", "clips/s", "resident MiB", "peak MiB", "growth %"), shown)
 
 
 def batch_row(batch_size: int, answer: dict[str, Any], first: BatchRow | None) -> BatchRow:
     """A row of a worker's answer."""
     (step_s,), peak = answer["step_s"], answer["peak_device_bytes"]
     growth = 100 * (peak / first.peak_device_bytes - 1) if first else 0.0
-    return BatchRow(batch_size, step_s, batch_size / step_s, peak, growth)
+    return BatchRow(batch_size, step_s, batch_size / step_s, answer["resident_bytes"], peak, growth)
 
 
 def _bench_passes(plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Keep) -> None:

@@ -229,7 +229,7 @@ def _step(case: Shape, config: EngineConfig, ranks: Ranks) -> TrainStep:
 
 def _measured(step: TrainStep, case: Shape, batch: Batch, num_steps: int, budget: Budget) -> dict[str, Any]:
     budget.reset_peak()
-    seconds = []
+    resident, seconds = budget.live_bytes(), []
     for number in range(num_steps):
         step.ranks.barrier()
         began_s = time.perf_counter()
@@ -243,6 +243,7 @@ def _measured(step: TrainStep, case: Shape, batch: Batch, num_steps: int, budget
         )
     return {
         "step_s": seconds,
+        "resident_bytes": resident,
         "peak_device_bytes": budget.peak_bytes(),
         "peak_host_bytes": budget.host_peak_bytes() or 0,
     }
