@@ -343,8 +343,8 @@ def _bench_overhead(plan: TrainPlan, recipe: Recipe, report: ProgressReport, kee
             "overhead",
             {**asdict(overhead), "recipe": staged.model_dump(mode="json", exclude={"data", "workspace"})},
         )
-        run, bare_ms = overhead.runs[-1], overhead.bare_ms[-1]
-        report.say(f"round {len(overhead.runs)}: {run.step_ms:.2f} ms a step, bare {bare_ms:.2f}")
+        run, bare = overhead.runs[-1], overhead.bare[-1]
+        report.say(f"round {len(overhead.runs)}: {run.step_ms:.2f} ms a step, bare {bare.step_ms:.2f}")
 
     for line in overhead_lines(measure_overhead(staged, plan.rounds, plan.limit_s, kept)):
         report.say(line)

@@ -192,7 +192,7 @@ def book_to_host(engine: Engine, budget: Budget) -> None:
 def measure_bare(
     rank: int, num_ranks: int, run_dir: str, first_step: int, num_steps: int
 ) -> dict[str, float]:
-    """Seconds of the steps from `first_step` to `num_steps` of a stage without anything around them.
+    """Wall and CPU seconds of the steps from `first_step` to `num_steps` of a stage without anything around them.
 
     Model, engine and step are built as the stage builds them, from its run directory; batches are the first ones
     of its loader, read beforehand.
@@ -207,14 +207,14 @@ def measure_bare(
         batches.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator, which ends its thread
     seed = derive_seed(context.recipe.seed, "step", 1)
     step = TrainStep(engine, seed, context.ranks, pace.learning_rate_at, micro_batch_size_of(context))
-    began_s = 0.0
+    began_s, cpu_s = 0.0, 0.0
     for number in range(num_steps):
         if number == first_step:
             context.ranks.barrier()
-            began_s = time.perf_counter()
+            began_s, cpu_s = time.perf_counter(), time.process_time()
         step(number, found[number % len(found)])
     context.ranks.barrier()
-    return {"window_s": time.perf_counter() - began_s}
+    return {"wall_s": time.perf_counter() - began_s, "cpu_s": time.process_time() - cpu_s}
 
 
 def _step(case: Shape, config: EngineConfig, ranks: Ranks) -> TrainStep:

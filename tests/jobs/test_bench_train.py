@@ -1,10 +1,10 @@
 """The arithmetic of `svitt bench train`, what it refuses, its processes at tiny sizes. No figure of speed is tested."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from video_files import write_video
@@ -12,8 +12,10 @@ from video_files import write_video
 from infra.config_io import load_config
 from infra.engine_memory import state_bytes
 from infra.journal import Journal, valid_records
+from infra.ledger import Ledger
 from jobs import bench_overhead, bench_train
 from jobs.bench_overhead import (
+    BareRun,
     Overhead,
     PipelineRun,
     one_stage,
@@ -28,6 +30,7 @@ from jobs.bench_train_worker import Shape, TimeLimitError, arguments_of, ask, me
 from jobs.prepare import run_prepare
 from jobs.prepare_work import serial_mapper
 from jobs.recipe import Recipe, load_recipe
+from jobs.run_dir import RunDir
 from model.video_text_model import VideoTextModel
 from pipeline.egoclip import EgoClipRow, write_egoclip
 
@@ -80,20 +83,26 @@ def test_a_pipeline_run_counts_from_its_first_save_to_its_last(tmp_path):
     report(50, 200.0, 10.0)
     journal.metrics(50, {"perf/save_s": 0.9})
     journal.close()
-    run = pipeline_run(valid_records(journal.path), began_s=2.0)
+    run = pipeline_run(valid_records(journal.path), began_s=2.0, cpu_s={0: 1.0, 20: 10.0, 50: 25.0})
     # 9 s for 30 steps; of it 8 s in steps, 0.9 s waiting among them, 0.9 s saving, 0.1 s elsewhere.
-    assert (run.num_steps, run.step_ms, run.start_s) == (30, 300.0, 3.0)
+    assert (run.num_steps, run.step_ms, run.cpu_ms, run.start_s) == (30, 300.0, 500.0, 3.0)
     assert (run.busy_ms, run.wait_ms, run.save_ms) == pytest.approx((7100 / 30, 30.0, 30.0))
     assert run.rest_ms == pytest.approx(100 / 30)
+    with pytest.raises(BenchError, match=r"could not be read at steps 20 and 50.*more --steps"):
+        pipeline_run(valid_records(journal.path), began_s=2.0, cpu_s={20: 10.0, 50: 3.0})  # ranks gone
 
 
 def test_the_overhead_is_said_by_round_and_split():
-    runs = (PipelineRun(30, 300.0, 240.0, 30.0, 20.0, 31.0), PipelineRun(30, 330.0, 310.0, 10.0, 0.0, 41.0))
-    overhead = Overhead.of(runs, [250.0, 300.0])
+    runs = (
+        PipelineRun(30, 300.0, 500.0, 240.0, 30.0, 20.0, 31.0),
+        PipelineRun(30, 330.0, 600.0, 310.0, 10.0, 0.0, 41.0),
+    )
+    overhead = Overhead.of(runs, (BareRun(250.0, 400.0), BareRun(300.0, 500.0)))
     assert overhead.over == Ratio(315 / 275, Spread(2, 1.15, pytest.approx(1.1), pytest.approx(1.2)))
-    first, split, start = overhead_lines(overhead)
+    first, cpu, split, start = overhead_lines(overhead)
     assert "315.0 [300.0, 330.0] ms in the pipeline, 275.0 [250.0, 300.0] ms bare: +14.5 %" in first
-    assert "by round +10.0 % to +20.0 %, n 2" in first
+    assert "by round +10.0 to +20.0 %, n 2" in first
+    assert "+22.2 % (by round +20.0 to +25.0 %, n 2)" in cpu
     assert "the step itself takes longer 0.00 [-10.00, 10.00], waiting for data 20.00 [10.00, 30.00]" in split
     assert "saving 10.00 [0.00, 20.00], the rest 10.00 [10.00, 10.00]" in split
     assert "36.0 [31.0, 41.0] s" in start
@@ -187,25 +196,55 @@ def test_a_stage_alone_is_a_recipe_that_scores_nothing_and_starts_once():
     assert staged.engine == recipe.engine
 
 
+class FakeSubmit:
+    """Stands for `svitt submit`: one more save every time it is looked at, then an exit code."""
+
+    commands: ClassVar[list[list[str]]] = []
+
+    def __init__(self, command: list[str], stdout: Any, **_: Any) -> None:
+        self.commands.append(command)
+        self.pid, self.returncode, self.saves = os.getpid(), None, iter((2, 4))
+        run = RunDir(Path(command[-1]))
+        self.journal, self.ledger = Journal(run.journal(1)), Ledger(run.ledger_file)
+        stdout.write(b"it failed")
+
+    def poll(self) -> int | None:
+        step = next(self.saves, None)
+        if step is None:
+            self.journal.close()
+            self.returncode = len(self.commands) - 1
+            return self.returncode
+        self.journal.metrics(step, {"perf/step_ms": 10.0, "perf/data_wait_ms": 1.0})
+        self.journal.metrics(step, {"perf/save_s": 0.5})
+        self.ledger.record_stage(1, "running", step=step)
+        sum(range(10**6))  # processor time to see
+        return None
+
+    def kill(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        return None
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 def test_a_pipeline_run_is_svitt_submit_in_a_folder_of_its_own(tmp_path, monkeypatch):
-    commands: list[list[str]] = []
-
-    def submit(command: list[str], **_: Any) -> Any:
-        commands.append(command)
-        journal = Journal(Path(command[-1]) / "stage-1" / "journal.jsonl")
-        for step in (2, 4):
-            journal.metrics(step, {"perf/step_ms": 10.0, "perf/data_wait_ms": 1.0})
-            journal.metrics(step, {"perf/save_s": 0.5})
-        journal.close()
-        return SimpleNamespace(returncode=len(commands) - 1, stdout="it failed")
-
-    monkeypatch.setattr(bench_overhead.subprocess, "run", submit)
+    monkeypatch.setattr(bench_overhead.subprocess, "Popen", FakeSubmit)
     recipe = one_stage(load_recipe("demo"), 1, 4)
-    assert run_pipeline(recipe, tmp_path, 60.0).num_steps == 2
-    assert commands[0][2:5] == ["jobs", "submit", str(tmp_path / "recipe.yaml")]
-    assert load_config(Recipe, tmp_path / "recipe.yaml") == recipe
+    run = run_pipeline(recipe, _folder(tmp_path / "first"), 60.0)
+    assert run.num_steps == 2
+    assert run.cpu_ms > 0
+    command = FakeSubmit.commands[0]
+    assert command[2:5] == ["jobs", "submit", str(tmp_path / "first" / "recipe.yaml")]
+    assert load_config(Recipe, tmp_path / "first" / "recipe.yaml") == recipe
     with pytest.raises(BenchError, match="svitt submit ended with 1:\nit failed"):
-        run_pipeline(recipe, tmp_path, 60.0)
+        run_pipeline(recipe, _folder(tmp_path / "second"), 60.0)
+    with pytest.raises(TimeLimitError, match="did not end within 0 s; give fewer --steps"):
+        run_pipeline(recipe, _folder(tmp_path / "third"), 0.0)
 
 
 def test_passes_are_taken_in_turn_and_the_first_of_each_is_not_counted():
@@ -274,5 +313,6 @@ def test_bare_steps_run_from_prepared_shards(report_lines, tmp_path):
     )
     data, report = recipe.data, report_lines[0]
     run_prepare(data.egoclip, None, data.videos, None, data.shards, recipe.prepare, serial_mapper, report)
-    assert run_bare(one_stage(recipe, 1, 3), tmp_path, 300.0) > 0
+    bare = run_bare(one_stage(recipe, 1, 3), tmp_path, 300.0)
+    assert min(bare.step_ms, bare.cpu_ms) > 0
     assert not list((tmp_path / "run" / "stage-1" / "checkpoints").iterdir())
