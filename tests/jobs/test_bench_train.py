@@ -221,7 +221,7 @@ class FakeSubmit:
         return None
 
     def kill(self) -> None:
-        return None
+        self.journal.close()
 
     def wait(self) -> None:
         return None
