@@ -6,6 +6,7 @@ answers are JSON.
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,8 @@ from pipeline.loader import Batch
 CPU = torch.device("cpu")
 _TEXT_LENGTH = 32
 _LEARNING_RATE = 1e-5
+# Ray's workers run at this niceness.
+_RAY_NICENESS = 15
 # Different batches of the bare loop; it shows them in turn.
 _BARE_BATCHES = 8
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -197,6 +200,8 @@ def measure_bare(
     Model, engine and step are built as the stage builds them, from its run directory; batches are the first ones
     of its loader, read beforehand.
     """
+    # Beside other work on the machine, the scheduler would else treat the two unlike.
+    os.nice(_RAY_NICENESS)
     place = {"rank": rank, "local_rank": rank, "use_gpu": False}
     context = build_context({"run_dir": run_dir, "stage": 1, "attempt": 0, **place})
     engine, _ = build_or_restore(context, CheckpointStore(context.run.checkpoints(1), 1, rank))
