@@ -3,9 +3,9 @@ it, in turn with the same steps in a bare loop.
 
 Bare are the same number of ranks and threads, the same model, engine and step on batches read beforehand; no Ray,
 loader, MLflow, journal or checkpoints. The window of both runs from the end of the first save to the end of the last,
-so every save in it stands for `checkpoint.every_steps` steps and start-up is outside. Wall-clock time counts on idle cores
-only: beside other work, the scheduler's shares decide it. Checkpoints go to the system's
-temporary folder: let TMPDIR name one on the disk that counts.
+so every save in it stands for `checkpoint.every_steps` steps and start-up is outside. Wall-clock time counts on idle
+cores only: beside other work, the scheduler's shares decide it. Checkpoints go to the system's temporary folder: let
+TMPDIR name one on the disk that counts.
 """
 
 import contextlib
