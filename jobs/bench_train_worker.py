@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
@@ -47,6 +47,7 @@ from pipeline.loader import Batch
 CPU = torch.device("cpu")
 _TEXT_LENGTH = 32
 _LEARNING_RATE = 1e-5
+UpdateOn = Callable[[], contextlib.AbstractContextManager[None]]
 # Ray's workers run at this niceness.
 _RAY_NICENESS = 15
 # Different batches of the bare loop; it shows them in turn.
@@ -174,13 +175,15 @@ def measure_engine(
     """Seconds of steps, peak bytes of device and host on this rank. What is offloaded is booked to the host."""
     budget = device_budget(CPU, None)
     case = Shape(**shape)
-    step = _step(case, EngineConfig(**engine), ProcessGroupRanks(CPU))
+    config = EngineConfig(**engine)
+    step = _step(case, config, ProcessGroupRanks(CPU))
+    update_on = budget.on_host if config.offload_optimizer != "none" else contextlib.nullcontext
     batch = random_batch(case.model_config(), case.num_clips, rank * case.num_clips)
     # Some buffers come with the first step, and DeepSpeed traces ZeRO 3's order of parameters in it.
-    step(0, batch)
+    _whole_step(step, 0, batch, update_on)
     book_to_host(step.engine, budget)
-    step(1, batch)
-    return _measured(step, case, batch, num_steps, budget)
+    _whole_step(step, 1, batch, update_on)
+    return _measured(step, case, batch, num_steps, budget, update_on)
 
 
 def book_to_host(engine: Engine, budget: Budget) -> None:
@@ -232,13 +235,27 @@ def _step(case: Shape, config: EngineConfig, ranks: Ranks) -> TrainStep:
     return TrainStep(engine, 0, ranks, lambda _: _LEARNING_RATE, case.micro_batch_size)
 
 
-def _measured(step: TrainStep, case: Shape, batch: Batch, num_steps: int, budget: Budget) -> dict[str, Any]:
+def _whole_step(step: TrainStep, number: int, batch: Batch, update_on: UpdateOn) -> None:
+    """As calling the step does, with its update's temporaries booked to where the optimizer lies."""
+    step.gradient(number, batch)
+    with update_on():
+        step.engine.step(_LEARNING_RATE)
+
+
+def _measured(
+    step: TrainStep,
+    case: Shape,
+    batch: Batch,
+    num_steps: int,
+    budget: Budget,
+    update_on: UpdateOn = contextlib.nullcontext,
+) -> dict[str, Any]:
     budget.reset_peak()
     resident, seconds = budget.live_bytes(), []
     for number in range(num_steps):
         step.ranks.barrier()
         began_s = time.perf_counter()
-        step(2 + number, batch)
+        _whole_step(step, 2 + number, batch, update_on)
         step.ranks.barrier()
         seconds.append(time.perf_counter() - began_s)
     if step.micro_batch_size != case.micro_batch_size:

@@ -10,7 +10,6 @@ import pytest
 from video_files import write_video
 
 from infra.config_io import load_config
-from infra.engine_memory import state_bytes
 from infra.journal import Journal, valid_records
 from infra.ledger import Ledger
 from jobs import bench_overhead, bench_train
@@ -278,10 +277,11 @@ def test_what_is_offloaded_counts_as_memory_of_the_host():
     answers = ask(
         "engine", arguments_of(TINY, engine=config.model_dump(mode="json"), num_steps=1), 2, 1, 300.0
     )
-    sizes = [p.numel() for p in VideoTextModel(TINY.model_config()).parameters()]
-    expected = state_bytes(sum(sizes), sum(sizes), config, 2, max(sizes))
+    share = sum(p.numel() for p in VideoTextModel(TINY.model_config()).parameters()) / 2
     for answer in answers:
-        assert answer["peak_host_bytes"] == pytest.approx(expected.host, rel=0.01)
+        # Parameters, their copies, both moments, gradients, what they add up in: 4 bytes each; the update's room.
+        assert 24 * share <= answer["peak_host_bytes"] <= 24 * share + 2 * config.bucket_bytes
+        assert answer["resident_bytes"] <= 2 * config.bucket_bytes + 24 * share / 2
 
 
 def test_rows_of_two_ranks_are_different_clips_of_one_batch():
