@@ -280,14 +280,88 @@ def _bench_data(
     return bench_data(_resolve(recipe, workspace, set_), plan, num_threads, record, _report())
 
 
+def _bench_train(
+    record: Annotated[Path, tyro.conf.arg(help="JSON file that the figures are written to.")] = Path(
+        "bench-train.json"
+    ),
+    threads: Annotated[
+        int | None,
+        tyro.conf.arg(help="Compute threads of batch, shared by the ranks of engines. Default: all cores."),
+    ] = None,
+    quick: Annotated[bool, tyro.conf.arg(help="The tiny model, small batches, one sample.")] = False,
+    only: Annotated[
+        tuple[Literal["batch", "engines", "overhead"], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="PART", help="batch, engines or overhead; may be repeated. Default: all."),
+    ] = (),
+    size: Annotated[
+        Literal["tiny", "small", "base"] | None,
+        tyro.conf.arg(help="Model of batch and engines. Default: small."),
+    ] = None,
+    frames: Annotated[
+        int | None, tyro.conf.arg(help="Frames of a clip, of batch and engines. Default: 4.")
+    ] = None,
+    micro_batch: Annotated[int | None, tyro.conf.arg(help="Clips encoded at once. Default: 8.")] = None,
+    batches: Annotated[
+        tuple[int, ...], tyro.conf.arg(help="Clips of a step of batch. Default: 64 256 1024 4096.")
+    ] = (),
+    pass_batch: Annotated[
+        int | None, tyro.conf.arg(help="Clips of the step in one pass and in two. Default: 16.")
+    ] = None,
+    engine_batch: Annotated[
+        int | None, tyro.conf.arg(help="Clips of a step of engines. Default: 32.")
+    ] = None,
+    engine: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="NAME", help="Only plain and this one, such as 'ZeRO 2'; may be repeated."),
+    ] = (),
+    rounds: Annotated[int | None, tyro.conf.arg(help="Samples taken in turn. Default: 3.")] = None,
+    limit_s: Annotated[float | None, tyro.conf.arg(help="Longest time of one case. Default: 5400.")] = None,
+    recipe: Annotated[str, tyro.conf.arg(help="Of overhead: a recipe file or shipped name.")] = "demo",
+    workspace: Annotated[
+        Path, tyro.conf.arg(help="Of overhead: where the recipe's shards are prepared.")
+    ] = Path("demo"),
+    set_: Overrides = (),
+    stage: Annotated[
+        int | None, tyro.conf.arg(help="Of overhead: which of the recipe's. Default: 1.")
+    ] = None,
+    steps: Annotated[
+        int | None, tyro.conf.arg(help="Of overhead. Default: four times checkpoint.every_steps.")
+    ] = None,
+) -> int:
+    """The step: contrastive batch against memory, engines, and what the pipeline costs around it."""
+    from jobs.bench_train import PLAIN, TrainPlan, bench_train, with_options
+
+    plan = with_options(
+        TrainPlan.quick() if quick else TrainPlan(),
+        parts=only,
+        size=size,
+        num_frames=frames,
+        micro_batch_size=micro_batch,
+        batches=batches,
+        pass_batch=pass_batch,
+        engine_batch=engine_batch,
+        engines=tuple(dict.fromkeys((PLAIN, *engine))) if engine else (),
+        rounds=rounds,
+        limit_s=limit_s,
+        stage=stage,
+        steps=steps,
+    )
+    resolved = _resolve(recipe, workspace, set_) if "overhead" in plan.parts else None
+    num_threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    return bench_train(plan, resolved, num_threads, record, _report())
+
+
 def bench(
     what: Annotated[
         Annotated[int, tyro.conf.subcommand("model", constructor=_bench_model, prefix_name=False)]
-        | Annotated[int, tyro.conf.subcommand("data", constructor=_bench_data, prefix_name=False)],
+        | Annotated[int, tyro.conf.subcommand("data", constructor=_bench_data, prefix_name=False)]
+        | Annotated[int, tyro.conf.subcommand("train", constructor=_bench_train, prefix_name=False)],
         tyro.conf.arg(name=""),
     ],
 ) -> int:
-    """Measure on this machine, and write a record: model or data."""
+    """Measure on this machine, and write a record: model, data or train."""
     # What was measured has run by now; this is its exit code.
     return what
 

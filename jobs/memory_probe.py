@@ -176,7 +176,7 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
         request.num_tags,
         ranks.rank,
     )
-    resident = backward = update = 0
+    resident = backward = update = host = 0
     loss = 0.0
     began_s = time.perf_counter()
     for step in range(request.num_steps):
@@ -188,7 +188,7 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
         with engine.accumulate():
             work = RehearsalWork(engine, batch, StepKey(0, step), ranks, request.micro_batch_size)
             loss = float(work.run()[0])
-        backward = budget.peak_bytes() - before
+        backward, host = budget.peak_bytes() - before, budget.host_peak_bytes() or 0
         budget.reset_peak()
         if request.engine.offload_optimizer != "none":
             with budget.on_host():  # the update runs there
@@ -197,7 +197,8 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
             engine.step(1e-5)
         update = budget.peak_bytes() - before
     step_s = time.perf_counter() - began_s
-    return ProbeResult(resident, backward, update, budget.host_peak_bytes() or 0, step_s, loss)
+    host = max(host, budget.host_peak_bytes() or 0)
+    return ProbeResult(resident, backward, update, host, step_s, loss)
 
 
 def _main(request: ProbeRequest, folder: Path, rank: int) -> None:
