@@ -152,6 +152,14 @@ def _sharded_update(trainable: int, share: int, config: EngineConfig, master: in
     return max(kept + flattened, width + 3 * master if config.optimizer == "adamw" else 0) * share
 
 
+def moment_bytes(num_trainable: int, config: EngineConfig, world_size: int) -> int:
+    """Of this, what the first update brings to the device: both moments of AdamW."""
+    if config.offload_optimizer != "none":
+        return 0
+    is_sharded = config.backend == "deepspeed" and config.zero_stage > 0
+    return _moment_bytes(config) * (-(-num_trainable // world_size) if is_sharded else num_trainable)
+
+
 def _width(config: EngineConfig) -> int:
     return 2 if config.precision == "bf16" else 4
 

@@ -149,45 +149,45 @@ class Planner:
         return self._with(work, settings, self._traced(work, settings, micro_batch_size))
 
     def largest(self, work: Workload, settings: Settings, memory_bytes: int) -> Choice | None:
-        """The largest micro-batch that fits with these settings; None when not even one clip does."""
-        first = self.predict(work, settings, 1)
-        if first.total > memory_bytes:
+        """The largest micro-batch that should fit with these settings, by two traces; None when not one clip does."""
+        if self.predict(work, settings, 1).total > memory_bytes:
             return None
-        size, best = 1, first
-        if work.clips_per_rank > 1:
-            guess = self._guess(work, settings, memory_bytes)
-            best_known: dict[int, Prediction] = {1: first}
+        size = self._guess(work, settings, memory_bytes) if work.clips_per_rank > 1 else 1
+        prediction = self._grown(work, settings, size)
+        return Choice(settings, size, prediction, step_seconds(work, settings, size))
 
-            def at(size: int) -> Prediction:
-                if size not in best_known:
-                    best_known[size] = self.predict(work, settings, size)
-                return best_known[size]
-
-            size = guess
-            while size > 1 and at(size).total > memory_bytes:
-                size -= 1
-            while size < work.clips_per_rank and at(size + 1).total <= memory_bytes:
-                size += 1
-            best = at(size)
-        return Choice(settings, size, best, step_seconds(work, settings, size))
+    def proven(self, work: Workload, choice: Choice, memory_bytes: int) -> Choice:
+        """The same to the clip: one more does not fit, as a trace of just that size says."""
+        size, settings = choice.micro_batch_size, choice.settings
+        while size > 1 and self.predict(work, settings, size).total > memory_bytes:
+            size -= 1
+        while size < work.clips_per_rank and self.predict(work, settings, size + 1).total <= memory_bytes:
+            size += 1
+        prediction = self.predict(work, settings, size)
+        return Choice(settings, size, prediction, step_seconds(work, settings, size))
 
     def _guess(self, work: Workload, settings: Settings, memory_bytes: int) -> int:
-        """Memory grows evenly with the micro-batch: by two of them the others are known, but for a few bytes."""
-        one, two = (self._traced(work, settings, size) for size in (1, 2))
-
-        def fits(size: int) -> bool:
-            whole, partial = (
-                StepBytes(*(a + (size - 1) * (b - a) for a, b in zip(first, second, strict=True)))
-                for first, second in zip(one[:2], two[:2], strict=True)
-            )
-            grown = StepTrace(whole, partial, one.host + (size - 1) * (two.host - one.host))
-            return self._with(work, settings, grown).total <= memory_bytes
-
         low, high = 1, work.clips_per_rank
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+            fits = self._grown(work, settings, middle).total <= memory_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low
+
+    def _grown(self, work: Workload, settings: Settings, size: int) -> Prediction:
+        """Memory grows evenly with the micro-batch, so that by two of them the others are known, but for few bytes. A
+        batch in one piece holds no gradients while it goes forward, and is traced.
+        """
+        if size <= 2 or size == work.clips_per_rank:
+            return self.predict(work, settings, size)
+        one, two = (self._traced(work, settings, some) for some in (1, 2))
+        whole, partial = (
+            StepBytes(*(a + (size - 1) * (b - a) for a, b in zip(first, second, strict=True)))
+            for first, second in zip(one[:2], two[:2], strict=True)
+        )
+        return self._with(
+            work, settings, StepTrace(whole, partial, one.host + (size - 1) * (two.host - one.host))
+        )
 
     def _traced(self, work: Workload, settings: Settings, micro_batch_size: int) -> StepTrace:
         return self._trace(
@@ -265,14 +265,15 @@ def search(
         if not wishes:
             raise PlanError("no settings leave enough host memory for what they offload")
         return min((wish for _, wish in wishes), key=lambda wish: wish.missing_bytes)
+    choices = tuple(planner.proven(w, c, memory_bytes) for w, c in zip(works, best[1], strict=True))
     larger = [
         Wish(c.settings, w.name, c.micro_batch_size + 1, more.total - memory_bytes)
-        for w, c in zip(works, best[1], strict=True)
+        for w, c in zip(works, choices, strict=True)
         if c.micro_batch_size < w.clips_per_rank
         and (more := planner.predict(w, c.settings, c.micro_batch_size + 1))
     ]
     faster = [wish for seconds, wish in wishes if seconds < best[0]]
-    return Plan(best[1], min((*faster, *larger), key=lambda wish: wish.missing_bytes, default=None))
+    return Plan(choices, min((*faster, *larger), key=lambda wish: wish.missing_bytes, default=None))
 
 
 class PlanError(RuntimeError):

@@ -18,6 +18,7 @@ import torch
 from infra.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from infra.config_io import config_hash
 from infra.engine import Engine, build_engine, torch_dtype
+from infra.engine_memory import moment_bytes
 from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import Ledger
 from infra.memory_budget import Budget
@@ -189,7 +190,11 @@ def train(
         remember=partial(remember_micro_batch_size, context),
     )
     num_tags = (store.manifest.num_verbs, store.manifest.num_nouns)
-    train_step.rehearse(rehearsal_of(context, train_step.micro_batch_size, num_tags))
+    moments = 0
+    if first_step == 0:
+        num_parameters = context.model_config().num_parameters()
+        moments = moment_bytes(num_parameters, context.recipe.engine, context.ranks.world_size)
+    train_step.rehearse(rehearsal_of(context, train_step.micro_batch_size, num_tags), moments)
     watch = watch_memory(context, train_step.micro_batch_size, num_tags)
     hooks = Hooks(
         train_step=train_step,

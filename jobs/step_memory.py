@@ -76,7 +76,9 @@ def trace_step(
         tally = _Tally(engine.module, config.text.vocab_size, rounding)
         engine.module.offload_within(tally.on_host)
         with tally:
-            RehearsalWork(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
+            if micro_batch_size < num_clips:
+                tally.hold_gradients()
+            _OneMicroBatch(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
     return StepTrace(tally.peak, tally.peak_without_gradients, tally.host_peak)
 
 
@@ -89,6 +91,13 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _OneMicroBatch(RehearsalWork):
+    """The second micro-batch differs from the first in the gradients that are there: given those, one will do."""
+
+    def pieces(self) -> list[slice]:
+        return super().pieces()[:1]
 
 
 class _PretendedRank(SingleRank):
@@ -136,11 +145,18 @@ class _Tally(_Answer):
         self.peak = self.peak_without_gradients = StepBytes(0, 0, 0)
         self.host_peak = 0
         self._is_on_host = False
+        self._module = module
         self._known = weakref.WeakSet(
             part.untyped_storage() for part in [*module.parameters(), *module.buffers()]
         )
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(self._book_gradient)
+
+    def hold_gradients(self) -> None:
+        """As after a micro-batch."""
+        for parameter in self._module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            self._book_gradient(parameter)
 
     @contextmanager
     def on_host(self) -> Iterator[None]:

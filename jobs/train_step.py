@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from infra.engine import Engine
+from infra.memory_budget import is_out_of_memory
 from jobs.batch_work import BatchWork, MemoryShortageError
 from jobs.ranks import Ranks
 from jobs.rehearsal import RehearsalWork
@@ -22,6 +23,12 @@ from model.step_key import StepKey
 from pipeline.loader import Batch
 
 logger = logging.getLogger(__name__)
+
+_ADVICE = (
+    "Set recompute: all, then offload_activations: true, in model.video and model.text, engine.zero_stage 2 or 3, or "
+    "engine.offload_optimizer: cpu; or train with fewer frames, a lower keep_rate or more ranks. svitt plan finds what "
+    "fits"
+)
 
 
 class TrainStep:
@@ -53,11 +60,22 @@ class TrainStep:
         self.engine.step(self.learning_rate_at(step))
         return torch.cat([losses, losses.new_tensor([self.engine.grad_norm or 0.0])])
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, batch: Batch, reserved_bytes: int = 0) -> None:
         """Computes a gradient as costly as any of the stage and throws it away: memory that does not suffice shows
-        before there is work to lose. `batch` is that of `rehearsal_batch`.
+        before there is work to lose. `batch` is that of `rehearsal_batch`; `reserved_bytes` are left free, for what the
+        first update will bring. Raises TrainingError as `gradient` does.
         """
+        try:
+            reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=self.engine.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"memory does not suffice for the {reserved_bytes / 2**20:.0f} MiB of the optimizer's moments "
+                f"({str(error).splitlines()[0]}). {_ADVICE}"
+            ) from error
         self._gradient(0, batch, RehearsalWork)
+        del reserved
         self.engine.discard()
 
     def gradient(self, step: int, batch: Batch) -> Float[Tensor, " 4"]:
@@ -83,9 +101,7 @@ class TrainStep:
         size = min(self.micro_batch_size or num_rows, num_rows)
         if size == 1:
             raise TrainingError(
-                f"step {step}: memory does not suffice for one clip at a time ({shortage}). Set recompute: all, then "
-                "offload_activations: true, in model.video and model.text, engine.zero_stage 2 or 3, or "
-                "engine.offload_optimizer: cpu; or train with fewer frames, a lower keep_rate or more ranks"
+                f"step {step}: memory does not suffice for one clip at a time ({shortage}). {_ADVICE}"
             )
         self.micro_batch_size = size // 2
         logger.warning(

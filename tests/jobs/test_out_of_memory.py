@@ -174,3 +174,9 @@ def test_a_real_limit_is_kept_by_halving(case: Callable[[], None]) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def test_a_rehearsal_leaves_room_for_what_the_first_update_brings() -> None:
+    step = _step(cases.engine_of(cases.PLAIN), [])
+    with pytest.raises(TrainingError, match=r"the 1073741824 MiB of the optimizer's moments .*svitt plan"):
+        step.rehearse(cases.batch(4), reserved_bytes=2**50)

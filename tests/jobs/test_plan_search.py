@@ -78,9 +78,11 @@ def test_what_the_straight_line_misses_is_corrected() -> None:
         step = StepBytes((10 * size + (3 if size > 2 else 0)) * MIB, 0, 0)
         return StepTrace(step, step, 0)
 
-    choice = Planner(bent).largest(work(), Settings(PLAIN, Recompute()), ROOM + 42 * MIB)
+    planner, memory_bytes = Planner(bent), ROOM + 42 * MIB
+    choice = planner.largest(work(), Settings(PLAIN, Recompute()), memory_bytes)
     assert choice is not None
-    assert choice.micro_batch_size == 3
+    assert choice.micro_batch_size == 4
+    assert planner.proven(work(), choice, memory_bytes).micro_batch_size == 3
 
 
 def test_recomputation_is_taken_only_where_it_is_needed() -> None:
