@@ -175,10 +175,10 @@ class Planner:
         return low
 
     def _grown(self, work: Workload, settings: Settings, size: int) -> Prediction:
-        """Memory grows evenly with the micro-batch, so that by two of them the others are known, but for few bytes. A
-        batch in one piece holds no gradients while it goes forward, and is traced.
+        """Memory grows evenly with the micro-batch, so that by two of them the others are known, but for few bytes.
+        Where two micro-batches are not equal, the smaller one meets the gradients, and a trace has to tell.
         """
-        if size <= 2 or size == work.clips_per_rank:
+        if size <= 2 or 2 * size > work.clips_per_rank:
             return self.predict(work, settings, size)
         one, two = (self._traced(work, settings, some) for some in (1, 2))
         whole, partial = (

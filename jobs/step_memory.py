@@ -76,9 +76,11 @@ def trace_step(
         tally = _Tally(engine.module, config.text.vocab_size, rounding)
         engine.module.offload_within(tally.on_host)
         with tally:
-            if micro_batch_size < num_clips:
+            work: type[RehearsalWork] = RehearsalWork
+            if 2 * micro_batch_size <= num_clips:
                 tally.hold_gradients()
-            _OneMicroBatch(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
+                work = _OneMicroBatch
+            work(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
     return StepTrace(tally.peak, tally.peak_without_gradients, tally.host_peak)
 
 
@@ -94,7 +96,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _OneMicroBatch(RehearsalWork):
-    """The second micro-batch differs from the first in the gradients that are there: given those, one will do."""
+    """Of two equal micro-batches the second takes more, for the gradients that are there: given those, one will do."""
 
     def pieces(self) -> list[slice]:
         return super().pieces()[:1]
