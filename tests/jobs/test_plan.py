@@ -49,7 +49,7 @@ def test_a_plan_is_printed_and_written_as_a_recipe_that_says_the_same(
 ) -> None:
     report, lines = report_lines
     recipe = recipe_of(tmp_path)
-    wanted = Wanted(resident(recipe) + 85 * MIB, num_devices=2)
+    wanted = Wanted(resident(recipe) + 25 * MIB, num_devices=2)
     written = tmp_path / "fits.yaml"
     tree = load_recipe_tree("demo", OVERRIDES)
     assert run_plan(recipe, tree, wanted, written, report) == 0
@@ -57,7 +57,7 @@ def test_a_plan_is_printed_and_written_as_a_recipe_that_says_the_same(
     settings = own_settings(again)
     for stage, frames in zip(again.stages, (2, 4), strict=True):
         each = 10 if settings.recompute.video == "none" else 2.5
-        assert each * frames * (stage.micro_batch_size or stage.clips_per_rank(2)) <= 85
+        assert each * frames * (stage.micro_batch_size or stage.clips_per_rank(2)) <= 25
     said = "\n".join(lines())
     assert "The recipe as it is" in said
     assert "The fastest settings that fit" in said
