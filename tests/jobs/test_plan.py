@@ -11,7 +11,7 @@ from infra.config_io import ConfigError
 from jobs import __main__ as command_line
 from jobs import plan as module
 from jobs.memory_plan import engine_memory
-from jobs.plan import Wanted, own_settings, run_plan
+from jobs.plan import Wanted, own_settings, run_plan, workload
 from jobs.plan_search import PlanError, Planner
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, load_recipe_tree, resolve_paths
@@ -54,10 +54,12 @@ def test_a_plan_is_printed_and_written_as_a_recipe_that_says_the_same(
     tree = load_recipe_tree("demo", OVERRIDES)
     assert run_plan(recipe, tree, wanted, written, report) == 0
     again = load_recipe(str(written))
-    settings = own_settings(again)
-    for stage, frames in zip(again.stages, (2, 4), strict=True):
-        each = 10 if settings.recompute.video == "none" else 2.5
-        assert each * frames * (stage.micro_batch_size or stage.clips_per_rank(2)) <= 25
+    settings, planner = own_settings(again), Planner(trace)
+    for stage in again.stages:
+        load, size = workload(again, stage, 2), stage.micro_batch_size or stage.clips_per_rank(2)
+        assert planner.predict(load, settings, size).total <= wanted.memory_bytes
+        if size < load.clips_per_rank:
+            assert planner.predict(load, settings, size + 1).total > wanted.memory_bytes
     said = "\n".join(lines())
     assert "The recipe as it is" in said
     assert "The fastest settings that fit" in said
