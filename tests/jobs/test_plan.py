@@ -65,7 +65,7 @@ def test_a_plan_is_printed_and_written_as_a_recipe_that_says_the_same(
     assert "The fastest settings that fit" in said
     assert "Nearest that does not fit: stage" in said
     for number, stage in enumerate(again.stages):
-        if stage.micro_batch_size != stage.clips_per_rank(2):
+        if stage.micro_batch_size is not None:
             assert f"--set stages.{number}.micro_batch_size={stage.micro_batch_size}" in said
 
 
