@@ -47,7 +47,7 @@ class MemoryShortageError(RuntimeError):
 
 
 class Accumulator(Protocol):
-    """As much of an engine as the work on a batch needs; a rehearsal under fake tensors has no more."""
+    """As much of an engine as the work on a batch needs; a rehearsal on the meta device has no more."""
 
     @property
     def module(self) -> nn.Module: ...

@@ -1,4 +1,4 @@
-"""What a stage takes in device and host memory with given settings: the step rehearsed under fake tensors, and what
+"""What a stage takes in device and host memory with given settings: the step rehearsed on the meta device, and what
 the engine holds.
 """
 

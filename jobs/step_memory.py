@@ -1,4 +1,4 @@
-"""Device memory of a training step, found by rehearsing it under fake tensors: shapes without data, in seconds.
+"""Device memory of a training step, found by rehearsing it on torch's meta device: shapes without data, in seconds.
 
 Every tensor that an operation makes is booked while its storage lives. Not seen are temporaries inside of an
 operation. What the engine holds comes from `infra.engine_memory`, since ZeRO cannot run without its ranks.
@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,29 +71,18 @@ def trace_step(
     draw_layouts(
         config.video, _KEY.integer("edges")
     )  # real numbers decide their shape: drawn before, found again
-    with pretended_ranks(world_size), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        with _Answer(False), _default_dtype(dtype):  # drawing weights asks whether any has to be drawn again
-            engine = _FakeEngine(VideoTextModel(config), dtype)
+    with pretended_ranks(world_size):
+        with _Answer(False), torch.device("meta"):  # drawing weights asks whether any has to be drawn again
+            engine = _MetaEngine(VideoTextModel(config).to(dtype))
         tally = _Tally(engine.module, config.text.vocab_size, rounding)
         engine.module.offload_within(tally.on_host)
-        with tally:
+        with tally, _FusedAttention():
             work: type[RehearsalWork] = RehearsalWork
             if 2 * micro_batch_size <= num_clips:
                 tally.hold_gradients()
                 work = _OneMicroBatch
             work(engine, batch, _KEY, _PretendedRank(world_size), micro_batch_size).run()
     return StepTrace(tally.peak, tally.peak_without_gradients, tally.host_peak)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A fake module cannot be converted after it was made."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class _OneMicroBatch(RehearsalWork):
@@ -109,22 +99,34 @@ class _PretendedRank(SingleRank):
         self.world_size = world_size
 
 
-class _FakeEngine:
+class _MetaEngine:
     """As much of an engine as a rehearsal asks for."""
 
     calls_are_collective: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("meta")
 
-    def __init__(self, module: VideoTextModel, dtype: torch.dtype) -> None:
-        self.module, self.dtype = module, dtype
-        module.train()
+    def __init__(self, module: VideoTextModel) -> None:
+        self.module = module.train()
+        self.dtype = module.video_projection.weight.dtype
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
 
+class _FusedAttention(TorchFunctionMode):
+    """The meta device has none of torch's own and would write the weights out; CPU and GPU keep output and sums."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            query, key, value, mask = args
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=mask
+            )[0]
+        return func(*args, **(kwargs or {}))
+
+
 class _Answer(TorchDispatchMode):
-    """Gives one answer to all questions about values, which fake tensors do not have."""
+    """Gives one answer to all questions about values, which tensors of the meta device do not have."""
 
     def __init__(self, answer: bool) -> None:
         super().__init__()
@@ -172,7 +174,7 @@ class _Tally(_Answer):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._book(leaf)
         return result
 

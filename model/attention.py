@@ -104,7 +104,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_scores: int, ba
 
     Raises as `sparse_attention`.
     """
-    fits = device.type == "cpu" and dtype in FUSED_DTYPES
+    # Tensors without data stand for those of the CPU; who means a GPU's says which backend.
+    fits = device.type in ("cpu", "meta") and dtype in FUSED_DTYPES
     if backend == "auto":
         if fits and warn_if_unavailable():
             return "fused"

@@ -58,7 +58,8 @@ class LayerRunner:
             return tensor.detach()
         # Pinned, the copies run in the order of the device's work and nobody waits for them.
         with self.on_host():
-            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            device = "meta" if tensor.is_meta else "cpu"  # meta: somebody finds out what memory it takes
+            host = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda)
         return host.copy_(tensor, non_blocking=True), tensor.device
 
     def _fetch(self, kept: Any) -> Tensor:
