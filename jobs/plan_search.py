@@ -167,11 +167,14 @@ class Planner:
         return Choice(settings, size, prediction, step_seconds(work, settings, size))
 
     def _guess(self, work: Workload, settings: Settings, memory_bytes: int) -> int:
-        low, high = 1, work.clips_per_rank
+        def fits(size: int) -> bool:
+            return self._grown(work, settings, size).total <= memory_bytes
+
+        half = max(1, work.clips_per_rank // 2)
+        low, high = (half, work.clips_per_rank) if fits(half) else (1, half - 1)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self._grown(work, settings, middle).total <= memory_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
     def _grown(self, work: Workload, settings: Settings, size: int) -> Prediction:
