@@ -74,6 +74,8 @@ def run_plan(
         + f"; host memory {host / GIB:.1f} GiB beside the loaders' batches"
     )
 
+    report.say("rehearsing steps without data: some seconds for each of the settings that are tried")
+
     def as_it_is(work: Workload, stage: StageConfig) -> Choice:
         size = min(stage.micro_batch_size or work.clips_per_rank, work.clips_per_rank)
         return Choice(own, size, planner.predict(work, own, size), step_seconds(work, own, size))
