@@ -1,5 +1,6 @@
 """`svitt plan`: what a recipe takes in a given memory, stage by stage, and the fastest settings that fit."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,6 @@ def run_plan(
         + f"; host memory {host / GIB:.1f} GiB beside the loaders' batches"
     )
 
-    report.say("rehearsing steps without data: some seconds for each of the settings that are tried")
-
     def as_it_is(work: Workload, stage: StageConfig) -> Choice:
         size = min(stage.micro_batch_size or work.clips_per_rank, work.clips_per_rank)
         return Choice(own, size, planner.predict(work, own, size), step_seconds(work, own, size))
@@ -83,6 +82,7 @@ def run_plan(
     now = [as_it_is(work, stage) for work, stage in zip(works, recipe.stages, strict=True)]
     print_table(report.console, table("The recipe as it is", works, now, usable))
     tried = list(candidates(recipe.engine, recipe.model, wanted.num_devices, has_kernel(recipe)))
+    trace_ahead(planner, works, tried, report)
     found = search(works, tried, usable, host // wanted.num_devices, planner)
     if isinstance(found, Wish):
         report.say(_nothing_fits(found, wanted))
@@ -98,6 +98,17 @@ def run_plan(
     if wanted.verify:
         verify(recipe, works, found, usable, report)
     return 0
+
+
+def trace_ahead(
+    planner: Planner, works: Sequence[Workload], tried: Sequence[Settings], report: ProgressReport
+) -> None:
+    """The rehearsals of all settings, on all cores, with a line of progress."""
+    left = planner.prepare(works, tried, len(os.sched_getaffinity(0)))
+    first = next(left, 0)
+    with report.task("rehearsing steps without data", first + 1) as task:
+        for _ in (first, *left):
+            task.advance()
 
 
 def workload(recipe: Recipe, stage: StageConfig, num_devices: int) -> Workload:

@@ -5,9 +5,11 @@ encoded, how much the ranks send each other and the host, and how many small cal
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
+from multiprocessing import get_context
+from typing import Any
 
 from infra.config import EngineConfig
 from infra.engine import torch_dtype
@@ -142,7 +144,26 @@ class Planner:
     """Predictions for workloads, each rehearsal traced once. `trace` is `trace_step`."""
 
     def __init__(self, trace: Callable[..., StepTrace] = trace_step) -> None:
-        self._trace = lru_cache(maxsize=None)(trace)
+        self._trace = trace
+        self._known: dict[tuple[Any, ...], StepTrace] = {}
+
+    def prepare(
+        self, works: Sequence[Workload], settings: Sequence[Settings], num_processes: int
+    ) -> Iterator[int]:
+        """Traces what a search will ask for in any case, side by side; yields how many are left. Each takes seconds."""
+        asked = {
+            self._arguments(work, some, size): None
+            for work in works
+            for some in settings
+            for size in (1, 2)
+            if size <= work.clips_per_rank
+        }
+        missing = [arguments for arguments in asked if arguments not in self._known]
+        # Spawned, since torch's threads do not survive a fork.
+        with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
+            for number, trace in enumerate(pool.map(self._trace, *zip(*missing, strict=True))):
+                self._known[missing[number]] = trace
+                yield len(missing) - number - 1
 
     def predict(self, work: Workload, settings: Settings, micro_batch_size: int) -> Prediction:
         """Of exactly these settings."""
@@ -193,7 +214,14 @@ class Planner:
         )
 
     def _traced(self, work: Workload, settings: Settings, micro_batch_size: int) -> StepTrace:
-        return self._trace(
+        arguments = self._arguments(work, settings, micro_batch_size)
+        if arguments not in self._known:
+            self._known[arguments] = self._trace(*arguments)
+        return self._known[arguments]
+
+    @staticmethod
+    def _arguments(work: Workload, settings: Settings, micro_batch_size: int) -> tuple[Any, ...]:
+        return (
             settings.recompute.apply(work.model),
             torch_dtype(settings.engine),
             work.clips_per_rank,

@@ -32,6 +32,9 @@ def trace(model: ModelConfig, dtype: Any, clips: int, size: int, *_: Any) -> Ste
 @pytest.fixture(autouse=True)
 def _traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Planner", lambda: Planner(trace))
+    monkeypatch.setattr(
+        module, "trace_ahead", lambda *_: None
+    )  # its processes would not know the made-up traces
 
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:

@@ -134,3 +134,19 @@ def test_candidates_keep_what_changes_the_numbers() -> None:
     alone = list(candidates(engine, MODEL, 1, has_kernel=False))
     assert {c.engine.zero_stage for c in alone if c.engine.offload_optimizer == "none"} == {1}
     assert "all_but_attention" not in {c.recompute.video for c in alone}
+
+
+def test_traces_made_side_by_side_are_those_made_one_by_one() -> None:
+    loads = [work(4), work(1, "long")]
+    settings = [Settings(PLAIN, Recompute()), Settings(EngineConfig(zero_stage=1), Recompute())]
+    planner = Planner(trace)
+    # One and two clips of the first stage, one of the second: the engine makes no difference.
+    assert list(planner.prepare(loads, settings, num_processes=2)) == [2, 1, 0]
+    planner._trace = _fail
+    assert planner.predict(loads[0], settings[0], 2).activations == 20 * MIB
+    assert planner.predict(loads[0], settings[1], 2).total > 0
+    assert planner.predict(loads[1], settings[0], 1).activations == 10 * MIB
+
+
+def _fail(*_: Any) -> StepTrace:
+    raise AssertionError("traced again")
