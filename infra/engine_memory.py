@@ -116,7 +116,7 @@ def _sharded(
         parameters=0 if config.offload_parameters != "none" else parameters,
         optimizer=0 if is_offloaded else states + lasting,
         buffers=_buffers(config, bucket, largest),
-        gathered=width * layer if config.offload_parameters != "none" else 0,
+        gathered=width * layer if stage == 3 else 0,
         partial_gradients=_partial_gradients(share, config, bucket, largest) if reduces_often else None,
         # Reduced gradients go into a flat buffer while the whole ones are still there.
         reduction=0
