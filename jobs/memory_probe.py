@@ -123,7 +123,7 @@ def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
     import torch
     import torch.distributed as dist
 
-    from infra.memory_budget import device_budget, is_out_of_memory
+    from infra.memory_budget import is_out_of_memory
     from infra.runtime import prepare_worker
     from jobs.batch_work import MemoryShortageError
 
@@ -139,19 +139,17 @@ def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
         world_size=request.world_size,
         timeout=timedelta(seconds=_TIMEOUT_S),
     )
-    before = device_budget(device, None).live_bytes()
-    limit = None if request.limit_bytes is None else before + request.limit_bytes
-    budget = device_budget(device, limit)
     try:
-        return _steps(request, device, budget, before)
+        return _steps(request, device)
     except Exception as error:
         if not is_out_of_memory(error) and not isinstance(error, MemoryShortageError):
             raise
         raise ShortageError(str(error).splitlines()[0]) from error
 
 
-def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> ProbeResult:
+def _steps(request: ProbeRequest, device: Any) -> ProbeResult:
     from infra.engine import build_engine
+    from infra.memory_budget import device_budget
     from jobs.ranks import ProcessGroupRanks
     from jobs.rehearsal import RehearsalWork, rehearsal_batch
     from model.optim import parameter_groups
@@ -159,6 +157,8 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
     from model.video_text_model import VideoTextModel
 
     ranks = ProcessGroupRanks(device)
+    budget = device_budget(device, request.limit_bytes if request.use_gpu else None)
+    before = budget.live_bytes()
     engine = build_engine(
         model := VideoTextModel(request.model),
         parameter_groups(model, request.engine.weight_decay),
@@ -168,6 +168,11 @@ def _steps(request: ProbeRequest, device: Any, budget: Any, before: int) -> Prob
     )
     engine.module.train()
     model.offload_within(budget.on_host)
+    if request.limit_bytes is not None and not request.use_gpu:
+        # On the CPU an engine is built where it is, and what it offloads can be told apart only then.
+        for tensor in engine.offloaded():
+            budget.move_to_host(tensor)
+        budget = device_budget(device, before + request.limit_bytes)
     batch = rehearsal_batch(
         request.model,
         request.clips_per_rank,

@@ -11,8 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,7 +74,7 @@ def trace_step(
             engine = _MetaEngine(VideoTextModel(config).to(dtype))
         tally = _Tally(engine.module, config.text.vocab_size, rounding)
         engine.module.offload_within(tally.on_host)
-        with tally, _FusedAttention():
+        with tally:
             work: type[RehearsalWork] = RehearsalWork
             if 2 * micro_batch_size <= num_clips:
                 tally.hold_gradients()
@@ -111,18 +109,6 @@ class _MetaEngine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-
-class _FusedAttention(TorchFunctionMode):
-    """The meta device has none of torch's own and would write the weights out; CPU and GPU keep output and sums."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            query, key, value, mask = args
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, attn_mask=mask
-            )[0]
-        return func(*args, **(kwargs or {}))
 
 
 class _Answer(TorchDispatchMode):

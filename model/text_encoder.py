@@ -153,6 +153,9 @@ def attend(
     Fused attention takes its dropout from a generator, so with `draws` the weights are written out, and computed
     again in the backward pass instead of kept.
     """
+    if q.is_meta and (draws is None or rate == 0):
+        # Somebody finds out what memory it takes: the meta device has no fused attention and would keep the weights.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
     if draws is None or rate == 0:
         return functional.scaled_dot_product_attention(q, k, v, mask)
     return checkpoint(
