@@ -18,7 +18,6 @@ from jobs.ranks import SingleRank
 from jobs.rehearsal import RehearsalWork, rehearsal_batch
 from model.collectives import pretended_ranks
 from model.config import ModelConfig
-from model.sparsity import draw_layouts
 from model.step_key import StepKey
 from model.video_text_model import VideoTextModel
 
@@ -66,9 +65,6 @@ def trace_step(
     of bytes that an allocation takes: 1 for what tensors hold, 512 on CUDA.
     """
     batch = rehearsal_batch(config, num_clips, micro_batch_size, text_length, num_tags)
-    draw_layouts(
-        config.video, _KEY.integer("edges")
-    )  # real numbers decide their shape: drawn before, found again
     with pretended_ranks(world_size):
         with _Answer(False), torch.device("meta"):  # drawing weights asks whether any has to be drawn again
             engine = _MetaEngine(VideoTextModel(config).to(dtype))
@@ -119,7 +115,7 @@ class _Answer(TorchDispatchMode):
         self._answer = answer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer
         return func(*args, **(kwargs or {}))
 

@@ -5,7 +5,6 @@ Pure functions on small index tensors. The attention itself is in `attention`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -170,12 +169,8 @@ def _without_repeats(blocks_SK: Tensor) -> Tensor:
     return blocks_SK.masked_fill(same_SKK.tril(diagonal=-1).any(dim=2), -1)
 
 
-@lru_cache(maxsize=4)
 def draw_layouts(config: VideoConfig, edge_seed: int) -> tuple[EdgeLayout | None, ...]:
-    """Layouts of all layers for one forward pass, a function of (edge_seed, layer); None where dense.
-
-    All micro-batches of a step ask for the same ones.
-    """
+    """Layouts of all layers for one forward pass, a function of (edge_seed, layer); None where dense."""
     if config.num_random_blocks is None:
         return (None,) * config.depth
     layouts: list[EdgeLayout | None] = []
