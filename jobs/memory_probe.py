@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +75,7 @@ def probe(request: ProbeRequest) -> ProbeResult:
         finally:
             for process in ranks:
                 process.kill()
-                process.wait()
+                process.communicate()  # waits, and closes its input
     return ProbeResult(*(max(values) for values in zip(*results, strict=True)))
 
 
@@ -91,7 +92,12 @@ def _start(request: ProbeRequest, rank: int, folder: Path) -> subprocess.Popen[b
     command = [sys.executable, "-m", "jobs.memory_probe", request.model_dump_json(), str(folder)]
     with (folder / f"{rank}.log").open("wb") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, cwd=Path(__file__).resolve().parent.parent
+            command,
+            stdin=subprocess.PIPE,  # closed by the kernel when this process ends, however it does
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=Path(__file__).resolve().parent.parent,
         )
 
 
@@ -206,7 +212,13 @@ def _steps(request: ProbeRequest, device: Any) -> ProbeResult:
     return ProbeResult(resident, backward, update, host, step_s, loss)
 
 
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
 def _main(request: ProbeRequest, folder: Path, rank: int) -> None:
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     try:
         name, text = f"{rank}.json", json.dumps(_run(request, folder))
     except ShortageError as shortage:
