@@ -1,5 +1,6 @@
 """`svitt plan`: what a recipe takes in a given memory, stage by stage, and the fastest settings that fit."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +36,8 @@ from pipeline.storage import StoragePath, storage_path
 from pipeline.text import CaptionTokenizer
 
 MIB, GIB = 2**20, 2**30
-# CUDA's context and the workspace of cuBLAS take this of a GPU before a tensor is made; its allocator rounds up.
+# CUDA's context and the workspace of cuBLAS take this of a GPU before a tensor is made.
 GPU_RESERVE_BYTES = 700 * MIB
-GPU_ROUNDING = 512
 # EgoClip's verb and noun classes, where no shards say otherwise.
 _EGOCLIP_TAGS = (118, 582)
 _EGOCLIP_CLIPS = 3_847_723
@@ -64,7 +64,10 @@ def run_plan(
     own = own_settings(recipe)
     planner = Planner()
     usable = wanted.memory_bytes - (GPU_RESERVE_BYTES if recipe.cluster.use_gpu else 0)
-    host = (wanted.host_bytes or psutil.virtual_memory().total) - loader_bytes(recipe) * wanted.num_devices
+    loaders = loader_bytes(recipe, wanted.num_devices) * wanted.num_devices
+    host = (wanted.host_bytes or psutil.virtual_memory().total) - loaders
+        recipe, wanted.num_devices
+    ) * wanted.num_devices
     report.say(
         f"{recipe.name} on {wanted.num_devices} x {_amount(wanted.memory_bytes)}"
         + (
@@ -107,7 +110,7 @@ def trace_ahead(
     left = planner.prepare(works, tried, len(os.sched_getaffinity(0)))
     first = next(left, 0)
     with report.task("rehearsing steps without data", first + 1) as task:
-        for _ in (first, *left):
+        for _ in itertools.chain((first,), left):
             task.advance()
 
 
@@ -118,8 +121,6 @@ def workload(recipe: Recipe, stage: StageConfig, num_devices: int) -> Workload:
     if (vocabulary := vocabulary_file(recipe)) is not None:
         vocab_size = CaptionTokenizer(vocabulary, recipe.loader.text_length).vocab_size
         model = model.replaced(text={"vocab_size": vocab_size})
-    if recipe.cluster.use_gpu and model.video.attention_backend == "auto":
-        model = model.replaced(video={"attention_backend": "blocks"})
     return Workload(
         name=stage.name,
         model=model,
@@ -128,7 +129,7 @@ def workload(recipe: Recipe, stage: StageConfig, num_devices: int) -> Workload:
         text_length=recipe.loader.text_length,
         num_tags=num_tags,
         num_steps=num_stage_steps(stage, num_clips),
-        rounding=GPU_ROUNDING if recipe.cluster.use_gpu else 1,
+        on_gpu=recipe.cluster.use_gpu,
     )
 
 
@@ -155,10 +156,10 @@ def vocabulary_file(recipe: Recipe) -> StoragePath | str | None:
     return path if path.is_file() else None
 
 
-def loader_bytes(recipe: Recipe) -> int:
+def loader_bytes(recipe: Recipe, num_devices: int) -> int:
     """Host memory of the uint8 batches that one rank's loader has ready, in the stage that takes most."""
     frame = 3 * recipe.loader.image_size**2
-    clips = max(s.clips_per_rank(recipe.cluster.num_workers) * s.num_frames for s in recipe.stages)
+    clips = max(s.clips_per_rank(num_devices) * s.num_frames for s in recipe.stages)
     return (recipe.loader.prefetch_batches + 1) * clips * frame
 
 

@@ -56,7 +56,7 @@ class Workload:
     text_length: int
     num_tags: tuple[int, int]
     num_steps: int = 1
-    rounding: int = 1
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ class Planner:
             work.text_length,
             work.num_tags,
             work.world_size,
-            work.rounding,
+            work.on_gpu,
         )
 
     @staticmethod
@@ -286,6 +286,8 @@ def search(
             if choice is None:
                 missing = planner.predict(work, some, 1).total - memory_bytes
                 wishes.append((at_best(some), Wish(some, work.name, 1, missing)))
+                break
+            if choice.prediction.host > host_bytes:
                 break
             found.append(choice)
         else:

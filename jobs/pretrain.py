@@ -240,8 +240,11 @@ def watch_memory(
     num_clips = context.stage.clips_per_rank(context.ranks.world_size)
     size = min(micro_batch_size or num_clips, num_clips)
     known = context.ledger.read().stage(context.number)
+    asked = {"micro_batch_size": size, "world_size": context.ranks.world_size}
     fact = known.facts.get("predicted_memory", {})
-    if context.is_first_rank and fact.get("micro_batch_size") != size:
+    # An older version may have told other parts.
+    is_known = fact.get("asked") == asked and set(fact["bytes"]) == set(Prediction._fields)
+    if context.is_first_rank and not is_known:
         model, engine, world_size = context.model_config(), context.recipe.engine, context.ranks.world_size
         trace = trace_step(
             model,
@@ -251,9 +254,10 @@ def watch_memory(
             context.recipe.loader.text_length,
             num_tags,
             world_size,
+            on_gpu=context.device.type == "cuda",
         )
         found = predict(trace, engine_memory(model, engine, world_size))
-        fact = {"micro_batch_size": size, "bytes": found._asdict()}
+        fact = {"asked": asked, "bytes": found._asdict()}
         context.ledger.record_stage(context.number, known.status, predicted_memory=fact)
     prediction = Prediction(**context.ranks.gather(fact)[0]["bytes"])
     return MemoryWatch(context.budget, context.bytes_before, prediction, context.ranks)

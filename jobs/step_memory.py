@@ -23,6 +23,8 @@ from model.video_text_model import VideoTextModel
 
 Kind = Literal["activations", "logits", "gradients", "host"]
 _KEY = StepKey(0, 0)
+# Bytes of which CUDA's allocator hands out multiples.
+_GPU_ROUNDING = 512
 
 
 class StepTrace(NamedTuple):
@@ -59,16 +61,18 @@ def trace_step(
     text_length: int,
     num_tags: tuple[int, int],
     world_size: int = 1,
-    rounding: int = 1,
+    on_gpu: bool = False,
 ) -> StepTrace:
-    """Rehearses one rank's step of `num_clips` clips; no memory of that size is needed. `rounding` is the multiple
-    of bytes that an allocation takes: 1 for what tensors hold, 512 on CUDA.
+    """Rehearses one rank's step of `num_clips` clips; no memory of that size is needed. `on_gpu`: the step is one of
+    a GPU, whose allocator rounds up and whose attention runs in blocks (or by kernels, which keep no more).
     """
+    if on_gpu and config.video.attention_backend in ("auto", "triton"):
+        config = config.replaced(video={"attention_backend": "blocks"})
     batch = rehearsal_batch(config, num_clips, micro_batch_size, text_length, num_tags)
     with pretended_ranks(world_size):
         with _Answer(False), torch.device("meta"):  # drawing weights asks whether any has to be drawn again
             engine = _MetaEngine(VideoTextModel(config).to(dtype))
-        tally = _Tally(engine.module, config.text.vocab_size, rounding)
+        tally = _Tally(engine.module, config.text.vocab_size, _GPU_ROUNDING if on_gpu else 1)
         engine.module.offload_within(tally.on_host)
         with tally:
             work: type[RehearsalWork] = RehearsalWork

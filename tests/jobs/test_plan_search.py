@@ -118,6 +118,17 @@ def test_settings_that_offload_more_than_the_host_has_are_left_out() -> None:
         search([work()], [offloading], 2**40, 1000, Planner(trace))
 
 
+def test_activations_on_the_host_count_there_too() -> None:
+    def offloading(*_: Any) -> StepTrace:
+        return trace(*_)._replace(host=1001)
+
+    with pytest.raises(PlanError, match="host memory"):
+        search([work()], [Settings(PLAIN, Recompute())], 2**40, 1000, Planner(offloading))
+    assert isinstance(
+        search([work()], [Settings(PLAIN, Recompute())], 2**40, 1001, Planner(offloading)), Plan
+    )
+
+
 def test_candidates_keep_what_changes_the_numbers() -> None:
     engine = EngineConfig(precision="bf16", weight_decay=0.1, gradient_clipping=2.0, zero_stage=1)
     found = list(candidates(engine, MODEL, 2, has_kernel=True))

@@ -82,3 +82,20 @@ def test_a_prediction_allocates_nothing_and_leaves_torch_as_it_was() -> None:
 def test_another_failure_of_a_rank_is_told_with_its_last_words() -> None:
     with pytest.raises(ProbeError, match=r"rank 0 ended with 1 .*(?s:.*)adamw_8bit needs a GPU"):
         probe(request(EngineConfig(zero_stage=1, optimizer="adamw_8bit"), 4))
+
+
+def test_a_step_of_a_gpu_can_be_traced_with_every_backend_it_may_take() -> None:
+    traces = [
+        trace_step(
+            MODEL.replaced(video={"attention_backend": backend}),
+            torch.bfloat16,
+            CLIPS,
+            4,
+            LENGTH,
+            TAGS,
+            on_gpu=True,
+        )
+        for backend in ("auto", "triton", "blocks")
+    ]
+    assert traces[0] == traces[1] == traces[2]
+    assert traces[0].with_gradients.total % 512 == 0
