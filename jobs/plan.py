@@ -66,8 +66,6 @@ def run_plan(
     usable = wanted.memory_bytes - (GPU_RESERVE_BYTES if recipe.cluster.use_gpu else 0)
     loaders = loader_bytes(recipe, wanted.num_devices) * wanted.num_devices
     host = (wanted.host_bytes or psutil.virtual_memory().total) - loaders
-        recipe, wanted.num_devices
-    ) * wanted.num_devices
     report.say(
         f"{recipe.name} on {wanted.num_devices} x {_amount(wanted.memory_bytes)}"
         + (
