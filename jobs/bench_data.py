@@ -4,7 +4,6 @@ Loading: our loader on prepared shards against a Dataset that opens the video of
 against decoding alone. Samples of both sides alternate; figures count only against others of the same run.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
-from infra.runtime import keep_freed_memory, provenance
+from infra.runtime import keep_freed_memory
 from jobs.bench_loading import Loading, clips_in_videos, measure_loading
 from jobs.bench_peer import VideoClip, VideoClips
 from jobs.bench_preparing import Preparing, measure_preparing, plan_again
-from jobs.bench_record import BenchError, Ratio, Spread, print_table, processor, require_writable
+from jobs.bench_record import BenchError, Ratio, Record, Spread, print_table
 from jobs.pretrain import open_store, open_tokenizer
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
@@ -55,27 +54,15 @@ def bench_data(
     ShardError or DataError for shards that cannot be read.
     """
     _check(plan, num_threads)
-    require_writable(record_file)
-    record: dict[str, Any] = {
-        "version": RECORD_VERSION,
-        "provenance": provenance(),
-        "processor": processor(),
-        "num_threads": num_threads,
-        "plan": asdict(plan),
-    }
-
-    def add(part: str, value: dict[str, Any]) -> None:
-        """After every part: what was measured for minutes is not lost with what follows it."""
-        record[part] = value
-        record_file.write_text(json.dumps(record, indent=1) + "\n")
+    record = Record(record_file, RECORD_VERSION, num_threads, asdict(plan))
 
     # As in the process of a training stage.
     keep_freed_memory()
     with open_store(recipe, "train") as store:
         loader = _loader(recipe, plan, store, num_threads)
         clips = _clips_shown(recipe, plan, store, loader)
-        add("data", describe(recipe, store, clips))
-        for line in detail_lines(record["data"]):
+        record.keep("data", describe(recipe, store, clips))
+        for line in detail_lines(record.parts["data"]):
             report.say(line)
         if plan.loading_rounds:
             videos = VideoClips(
@@ -85,7 +72,7 @@ def bench_data(
                 loading = measure_loading(
                     loader, videos, plan.batch_size, num_threads, plan.loading_rounds, task.advance
                 )
-            add("loading", asdict(loading))
+            record.keep("loading", asdict(loading))
             _show_loading(loading, plan, num_threads, report)
         if plan.preparing_rounds:
             plans = plan_again(store, plan.shards, plan.clips_per_shard, recipe.data.videos, recipe.prepare)
@@ -93,7 +80,7 @@ def bench_data(
                 preparing = measure_preparing(
                     plans, recipe.prepare, plan.preparing_rounds, record_file.parent, task.advance
                 )
-            add("preparing", asdict(preparing))
+            record.keep("preparing", asdict(preparing))
             _show_preparing(preparing, recipe, report)
     report.say(f"record: {record_file}")
     return 0

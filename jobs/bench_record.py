@@ -1,14 +1,18 @@
 """What the records of all benchmarks share: spread of samples, the processor, a file known to be writable."""
 
+import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from infra.runtime import provenance
 
 # Wide enough for every column: a table that wraps cannot be read, and a log file does not mind.
 _TABLE_WIDTH = 160
@@ -55,6 +59,28 @@ def require_writable(record_file: Path) -> None:
         raise BenchError(
             f"the record cannot be written to {record_file}: {error}; choose another --record"
         ) from error
+
+
+class Record:
+    """A JSON file with where its figures come from and the parts measured so far, written again with each of them:
+    what took minutes is not lost with what follows it. Raises BenchError where it cannot be written, before measuring.
+    """
+
+    def __init__(self, record_file: Path, version: int, num_threads: int, plan: Mapping[str, Any]) -> None:
+        require_writable(record_file)
+        self._file = record_file
+        self.parts: dict[str, Any] = {
+            "version": version,
+            "provenance": provenance(),
+            "processor": processor(),
+            "num_threads": num_threads,
+            "plan": plan,
+        }
+
+    def keep(self, part: str, value: Any) -> None:
+        """Adds a part, or puts it in place of an earlier one."""
+        self.parts[part] = value
+        self._file.write_text(json.dumps(self.parts, indent=1) + "\n")
 
 
 def print_table(console: Console, table: Table) -> None:

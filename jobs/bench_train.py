@@ -5,7 +5,6 @@ Three parts: the contrastive batch against memory, and what the second pass cost
 allocator, and figures count only against others of the same run.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +15,8 @@ import psutil
 from rich.table import Table
 
 from infra.config import EngineConfig
-from infra.runtime import provenance
 from jobs.bench_overhead import Overhead, measure_overhead, one_stage, overhead_lines
-from jobs.bench_record import BenchError, Ratio, Spread, print_table, processor, require_writable
+from jobs.bench_record import BenchError, Ratio, Record, Spread, print_table
 from jobs.bench_train_worker import Shape, TimeLimitError, arguments_of, ask
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
@@ -120,19 +118,7 @@ def bench_train(
     that cannot be measured and for a process that fails, and what `require_shards` does.
     """
     _check(plan, recipe, num_threads)
-    require_writable(record_file)
-    record: dict[str, Any] = {
-        "version": RECORD_VERSION,
-        "provenance": provenance(),
-        "processor": processor(),
-        "num_threads": num_threads,
-        "plan": asdict(plan),
-    }
-
-    def keep(part: str, value: Any) -> None:
-        """After every case: what was measured for minutes is not lost with what follows it."""
-        record[part] = value
-        record_file.write_text(json.dumps(record, indent=1) + "\n")
+    keep = Record(record_file, RECORD_VERSION, num_threads, asdict(plan)).keep
 
     if "batch" in plan.parts:
         _bench_batches(plan, num_threads, report, keep)
