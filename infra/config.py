@@ -27,7 +27,20 @@ class ClusterConfig(Settings):
     num_workers: int = Field(default=2, ge=1, description="Training processes (ranks).")
     cpus_per_worker: int = Field(default=1, ge=1, description="CPUs and compute threads of one rank.")
     use_gpu: bool = Field(default=False, description="One GPU and NCCL per rank instead of gloo on the CPU.")
-    max_failures: int = Field(default=3, ge=0, description="Worker crashes after which a stage gives up.")
+    max_failures: int = Field(default=3, ge=0, description="Crashes of a stage; one more ends it.")
+    max_crashes_at_one_step: int = Field(
+        default=2,
+        ge=0,
+        description="Crashes in a row at the same step that end a stage: they would go on. 0 = no limit.",
+    )
+    max_preemptions: int = Field(
+        default=1000, ge=0, description="Times that a stage's machines may be taken away; one more ends it."
+    )
+    collective_timeout_s: int = Field(
+        default=600,
+        ge=1,
+        description="How long a rank waits for the others before that is an error; stacks are written at half of it.",
+    )
     device_memory: str | None = Field(
         default=None,
         description="Most memory that a rank may take of its device, such as 8GiB; enforced. None = all there is.",

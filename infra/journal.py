@@ -1,7 +1,8 @@
 """What a stage measured, on disk first: an append-only file of metrics, params and tags, one JSON line each.
 
 Tracking servers are fed from it (see mlflow_tracker), so losing one loses nothing. A `resume` line voids the
-metrics of later steps before it: after a crash those steps are computed and written again.
+metrics of later steps before it: after a crash those steps are computed and written again. Lines carry the generation
+of their writer, and those of one that has been replaced meanwhile do not count.
 """
 
 import json
@@ -56,12 +57,17 @@ class Journal:
     """Tracker that appends to a file. One writer at a time; readers may follow it while it grows."""
 
     def __init__(
-        self, path: Path, resume_step: int | None = None, clock: Callable[[], float] = time.time
+        self,
+        path: Path,
+        resume_step: int | None = None,
+        clock: Callable[[], float] = time.time,
+        generation: int = 0,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
         self.path = path
         self._clock = clock
+        self._generation = generation
         self._file = path.open("a", encoding="utf-8")
         if resume_step is not None:
             self._write({"kind": "resume", "step": resume_step})
@@ -93,9 +99,8 @@ class Journal:
             self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(
-            json.dumps({**record, "time_ms": round(self._clock() * 1000)}, sort_keys=True) + "\n"
-        )
+        line = {**record, "time_ms": round(self._clock() * 1000), "generation": self._generation}
+        self._file.write(json.dumps(line, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class Record:
     step: int
     time_ms: int
     values: Mapping[str, Any]
+    generation: int = 0
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
@@ -121,9 +127,14 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
 
 
 def valid_records(path: Path) -> list[Record]:
-    """All records that count: metrics of steps that a later `resume` line computed again are left out."""
-    kept: list[Record] = []
+    """All records that count: metrics of steps that a later `resume` line computed again are left out, and those that
+    a writer of an older generation added after it.
+    """
+    kept, newest = [], 0
     for record in read_journal(path)[0]:
+        if record.generation < newest:
+            continue
+        newest = record.generation
         if record.kind == "resume":
             kept = [r for r in kept if r.kind != "metrics" or r.step <= record.step]
         else:
@@ -160,7 +171,7 @@ def _parse(line: bytes) -> Record:
     values = raw.get("values", {})
     if raw["kind"] == "metrics":
         values = {name: float(value) for name, value in values.items()}
-    return Record(raw["kind"], raw.get("step", -1), raw["time_ms"], values)
+    return Record(raw["kind"], raw.get("step", -1), raw["time_ms"], values, raw.get("generation", 0))
 
 
 def _number(value: float) -> float | str:

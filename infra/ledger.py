@@ -19,11 +19,36 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 StageStatus = Literal["pending", "running", "trained", "done", "failed", "stopped"]
+# How a start ended by its own account: done or stopped; error: a rank raised; collateral: it lost another rank.
+EndKind = Literal["done", "stopped", "error", "rollback", "collateral", "gave_up"]
 _STATUSES = ("pending", "running", "trained", "done", "failed", "stopped")
 
 
 class LedgerError(Exception):
     """A ledger that cannot be read, or an event that contradicts it."""
+
+
+class FencedError(LedgerError):
+    """A process of a start that has been replaced meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One time that all ranks of a stage came up, and how that ended.
+
+    `generation` counts starts over the whole run: a process of an older one may write no more. `died_at` is the step
+    in which the start before this one was lost, None where it ended by itself. `ended` stays None while it is at work,
+    and where it was killed. Times are wall-clock seconds, for people.
+    """
+
+    generation: int
+    stage: int
+    attempt: int
+    time_s: float
+    died_at: int | None = None
+    ended: EndKind | None = None
+    reason: str = ""
+    is_preempted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +59,10 @@ class StageState:
     attempts: int = 0
     job_ids: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    starts: tuple[Start, ...] = ()
+    # Wall-clock seconds of each attempt, and when the stage reached a status last.
+    attempt_times_s: tuple[float, ...] = ()
+    status_times_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +72,13 @@ class RunState:
     facts: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[int, StageState] = field(default_factory=dict)
     num_events: int = 0
+    # Wall-clock seconds of the events that started a controller.
+    controller_times_s: tuple[float, ...] = ()
+
+    @property
+    def generation(self) -> int:
+        """Of the newest start; 0 before the first."""
+        return max((s.generation for stage in self.stages.values() for s in stage.starts), default=0)
 
     def stage(self, index: int) -> StageState:
         return self.stages.get(index, StageState())
@@ -63,6 +99,33 @@ class Ledger:
     def record_attempt(self, stage: int, job_id: str, **facts: Any) -> RunState:
         """A job was submitted for a stage: it is running, one attempt more. The same id counts once."""
         return self._append({"event": "attempt", "stage": stage, "job_id": job_id, "facts": facts})
+
+    def record_start(self, stage: int, attempt: int, died_at: int | None = None) -> int:
+        """The ranks of a stage have come up. Returns their generation, which no other start has."""
+        state = self._append({"event": "start", "stage": stage, "attempt": attempt, "died_at": died_at})
+        return state.generation
+
+    def record_end(self, stage: int, generation: int, kind: EndKind, reason: str = "") -> RunState:
+        """A start ends, by the account of one of its ranks; the first that is no `collateral` counts."""
+        return self._append(
+            {"event": "end", "stage": stage, "generation": generation, "kind": kind, "reason": reason[:2000]}
+        )
+
+    def record_preemption(self, stage: int, generation: int) -> RunState:
+        """The machine of a start is about to be taken away: its end is not a crash."""
+        return self._append({"event": "preemption", "stage": stage, "generation": generation})
+
+    @contextlib.contextmanager
+    def fenced(self, generation: int) -> Iterator[None]:
+        """Hold the ledger for a change that only the newest start may make. Raises FencedError for an older one."""
+        with self._lock:
+            newest = self.read().generation
+            if newest != generation:
+                raise FencedError(
+                    f"start {generation} of this run was replaced by start {newest} while it was away (a network cut, "
+                    "a stopped process); it writes nothing more and leaves"
+                )
+            yield
 
     def record_stage(self, stage: int, status: StageStatus, **facts: Any) -> RunState:
         """A stage reached a status, with what to remember about it (checkpoint, scores, MLflow ids)."""
@@ -145,26 +208,52 @@ def sole_controller(run_dir: Path) -> Iterator[None]:
 
 
 def _apply(state: RunState, event: dict[str, Any]) -> RunState:
-    kind, facts = event["event"], event["facts"]
+    kind, time_s = event["event"], float(event["time"])
     state = replace(state, num_events=state.num_events + 1)
     if kind == "run":
-        return replace(state, facts={**state.facts, **facts})
+        times = state.controller_times_s
+        if "controllers" in event["facts"]:
+            times = (*times, time_s)
+        return replace(state, facts={**state.facts, **event["facts"]}, controller_times_s=times)
     index = int(event["stage"])
-    stage = state.stage(index)
+    stage = _apply_to_stage(state.stage(index), state.generation, kind, time_s, event)
+    return replace(state, stages={**state.stages, index: stage})
+
+
+def _apply_to_stage(
+    stage: StageState, generation: int, kind: str, time_s: float, event: dict[str, Any]
+) -> StageState:
     if kind == "attempt":
-        is_known = event["job_id"] in stage.job_ids
-        stage = replace(
-            stage,
-            status="running",
-            attempts=stage.attempts + (not is_known),
-            job_ids=stage.job_ids if is_known else (*stage.job_ids, event["job_id"]),
-        )
+        if event["job_id"] not in stage.job_ids:
+            stage = replace(
+                stage,
+                attempts=stage.attempts + 1,
+                job_ids=(*stage.job_ids, event["job_id"]),
+                attempt_times_s=(*stage.attempt_times_s, time_s),
+            )
+        stage = replace(stage, status="running")
     elif kind == "stage":
-        stage = replace(stage, status=event["status"])
+        times = {**stage.status_times_s, event["status"]: time_s}
+        stage = replace(stage, status=event["status"], status_times_s=times)
+    elif kind == "start":
+        start = Start(generation + 1, int(event["stage"]), event["attempt"], time_s, event["died_at"])
+        return replace(stage, starts=(*stage.starts, start))
+    elif kind in ("end", "preemption"):
+        starts = tuple(
+            _told(s, kind, event) if s.generation == event["generation"] else s for s in stage.starts
+        )
+        return replace(stage, starts=starts)
     else:
         raise ValueError(f"unknown event {kind!r}")
-    stage = replace(stage, facts={**stage.facts, **facts})
-    return replace(state, stages={**state.stages, index: stage})
+    return replace(stage, facts={**stage.facts, **event["facts"]})
+
+
+def _told(start: Start, kind: str, event: dict[str, Any]) -> Start:
+    if kind == "preemption":
+        return replace(start, is_preempted=True)
+    if start.ended not in (None, "collateral"):
+        return start
+    return replace(start, ended=event["kind"], reason=event["reason"])
 
 
 def _flush_directory(directory: Path) -> None:

@@ -27,7 +27,7 @@ from infra.runtime import environment, prepare_process, prepare_worker
 
 logger = logging.getLogger(__name__)
 
-_RANK_KEYS = ("rank", "local_rank", "world_size")
+_RANK_KEYS = ("rank", "local_rank", "world_size", "is_preempted")
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -67,8 +67,9 @@ def run_workers(
 ) -> None:
     """Run `train_fn` in `num_workers` processes joined by torch.distributed (NCCL with GPUs, gloo without).
 
-    Every process gets a copy of `train_config` with `rank`, `local_rank` and `world_size` added, and
-    `cpus_per_worker` compute threads. If one dies or raises, all are stopped and started again, up to
+    Every process gets a copy of `train_config` with `rank`, `local_rank`, `world_size` and `is_preempted` added, and
+    `cpus_per_worker` compute threads. `is_preempted()`, collective, says whether one of their machines is about to be
+    taken away. If one dies or raises, all are stopped and started again, up to
     `max_failures` times; `train_fn` finds its own checkpoint. `name` and `storage_path` (absolute) only hold
     Ray Train's bookkeeping. Needs an open cluster (`open_cluster`). Returns when all ranks have
     returned; raises TrainingError with the workers' messages.
@@ -127,9 +128,16 @@ def _enter_worker(parcel: dict[str, Any]) -> None:
         torch.cuda.set_device(place["local_rank"])
     _join_process_group(parcel["backend"], parcel["timeout_s"], **place)
     try:
-        parcel["train_fn"]({**parcel["config"], **place})
+        parcel["train_fn"]({**parcel["config"], **place, "is_preempted": _is_preempted})
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _is_preempted() -> bool:
+    """Asks Ray Train, which takes all ranks and a moment; where nobody watches for it, the answer is no."""
+    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+        return False
+    return ray.train.get_preemption_info() is not None
 
 
 def _join_process_group(backend: str, timeout_s: int, rank: int, local_rank: int, world_size: int) -> None:

@@ -124,11 +124,16 @@ def resume(run_dir: RunArg, address: Address = None) -> int:
     return run(_open(run_dir), address, _report())
 
 
-def status(run_dir: RunArg) -> int:
-    """Show stages, steps, scores and checkpoints of a run."""
+def status(
+    run_dir: RunArg,
+    json: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="All of it for a program to read.")
+    ] = False,
+) -> int:
+    """Show stages, steps, time left, scores, checkpoints, faults survived and goodput of a run."""
     from jobs.status import show_status
 
-    show_status(_open(run_dir), _report())
+    show_status(_open(run_dir), _report(), as_json=json)
     return 0
 
 

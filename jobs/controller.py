@@ -15,6 +15,7 @@ from infra.ledger import Ledger, sole_controller
 from infra.ray_cluster import open_cluster
 from infra.ray_jobs import ClusterError, Jobs
 from jobs.run_dir import RunDir
+from jobs.stop import ask_to_stop, leaving_on_signals
 from jobs.tracking import RunTracking
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,11 @@ def run_controller(run_dir: Path, address: str) -> int:
     with ExitStack() as stack:
         stack.enter_context(sole_controller(run.path))
         cluster = stack.enter_context(open_cluster(address))
+        # A stop of this job is a stop of the run: the stage saves and leaves, then this one does. After Ray has
+        # started, which takes SIGTERM for itself.
+        stack.enter_context(leaving_on_signals(lambda signal_name: ask_to_stop(run, "signal")))
         tracking = stack.enter_context(RunTracking(run, recipe, ledger))
+        ledger.record_run(budget_from=ledger.read().generation)
         outcome: Outcome = "done"
         for number in range(1, len(recipe.stages) + 1):
             tracking.follow_stage(number)
@@ -64,6 +69,8 @@ def run_stage_jobs(
         state = ledger.read().stage(number)
         if state.status == "done":
             return "done"
+        if attempts_made and state.status == "failed":  # by the workers: their budgets are spent
+            return "failed"
         if run.stop_file.exists():
             ledger.record_stage(number, "stopped")
             return "stopped"
@@ -71,7 +78,9 @@ def run_stage_jobs(
         known = jobs.find(job_id) if job_id else None
         if job_id is None or known is None or known.is_finished:
             if attempts_made == max_attempts:
-                ledger.record_stage(number, "failed")
+                ledger.record_stage(
+                    number, "failed", reason=f"{attempts_made} jobs of this stage ended without it"
+                )
                 return "failed"
             attempt = state.attempts + 1
             job_id = f"{run.run_id}-s{number}-a{attempt}"

@@ -6,7 +6,8 @@ Runs inside a worker process that Ray Train placed and joined with the others by
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,24 +16,28 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from infra.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from infra.checkpoint import Checkpoint, CheckpointError, CheckpointStore, open_checkpoint
 from infra.config_io import config_hash
 from infra.engine import Engine, build_engine, torch_dtype
 from infra.engine_memory import moment_bytes
 from infra.journal import Journal, NullTracker, Tracker
-from infra.ledger import Ledger
+from infra.ledger import EndKind, FencedError, Ledger, StageStatus
 from infra.memory_budget import Budget
 from infra.runtime import peak_rss_bytes
-from jobs.damaged_steps import DamagedSteps
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
+from jobs.heartbeat import HangWatch, Heartbeat, last_step
+from jobs.left_out import LeftOutSteps
+from jobs.loss_spikes import SpikeWatch
 from jobs.memory_plan import Prediction, engine_memory, predict
 from jobs.memory_watch import MemoryWatch, batches_that_fit, open_budget
 from jobs.ranks import ProcessGroupRanks, Ranks
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
 from jobs.rehearsal import rehearsal_batch
+from jobs.retry_budget import Budgets, give_up_reason, spent
 from jobs.run_dir import RunDir
 from jobs.step_memory import trace_step
-from jobs.train_loop import Hooks, Interval, Pace, fit
+from jobs.summary import INTRA, SCORED_CHECKPOINTS
+from jobs.train_loop import Hooks, Interval, Pace, RollbackError, fit
 from jobs.train_step import TrainStep
 from model.config import ModelConfig
 from model.optim import lr_factor, parameter_groups
@@ -49,6 +54,17 @@ from pipeline.text import CaptionTokenizer
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+# How gloo, NCCL and torch's store speak of a rank that is gone or silent.
+_LAG_SHARE = 0.2  # of a step, from which on a slow rank is told
+_LOST_RANK = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "timed out",
+    "timeout",
+    "ncclremote",
+    "broken pipe",
+)
 
 
 class StageError(RuntimeError):
@@ -57,15 +73,18 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class StageContext:
-    """What every part of a stage's work on one rank looks at."""
+    """What every part of a stage's work on one rank looks at. `generation`: see `Ledger.record_start`."""
 
     run: RunDir
     recipe: Recipe
     number: int
+    attempt: int
+    generation: int
     device: torch.device
     ranks: Ranks
     tokenizer: CaptionTokenizer
     ledger: Ledger
+    heartbeat: Heartbeat
     budget: Budget | None = None
     bytes_before: int = 0
 
@@ -83,28 +102,102 @@ class StageContext:
         ids = {"pad_id": tokenizer.pad_id, "cls_id": tokenizer.cls_id, "mask_id": tokenizer.mask_id}
         return self.recipe.stage_model(self.stage).replaced(text={"vocab_size": tokenizer.vocab_size, **ids})
 
+    def require_newest(self) -> None:
+        """Raises FencedError when another start has taken over from this one."""
+        with self.ledger.fenced(self.generation):
+            pass
+
 
 def train_worker(config: dict[str, Any]) -> None:
     """Trains one stage to its end or until stopped, then scores it. Safe to run again at any point.
 
-    `config`: run_dir, stage (from 1), attempt, use_gpu; rank, local_rank, world_size are filled in by Ray Train.
+    `config`: run_dir, stage (from 1), attempt, use_gpu; rank, local_rank, world_size and is_preempted are filled in by
+    `run_workers`.
     """
     context = build_context(config)
+    if gives_up(context):
+        return
+    stacks = context.run.log_file(context.number, context.attempt, context.ranks.rank).with_suffix(".stacks")
+    patience_s = context.recipe.cluster.collective_timeout_s / 2
+    with HangWatch(context.heartbeat, stacks, patience_s), telling_the_end(context):
+        run_stage_on_rank(context, config["is_preempted"])
+
+
+def run_stage_on_rank(context: StageContext, is_preempted: Callable[[], bool]) -> None:
+    """What a stage is: restore or inherit, train, score."""
     checkpoints = CheckpointStore(
-        context.run.checkpoints(context.number), context.recipe.checkpoint.keep_last, context.ranks.rank
+        context.run.checkpoints(context.number),
+        rank=context.ranks.rank,
+        world_size=context.ranks.world_size,
+        keep_last=context.recipe.checkpoint.keep_last,
+        generation=context.generation,
+        mirror=mirror_of(context),
+        protect=partial(best_steps, context),
     )
     context.ranks.barrier()
     engine, first_step = build_or_restore(context, checkpoints)
     tracker = (
-        Journal(context.run.journal(context.number), first_step) if context.is_first_rank else NullTracker()
+        Journal(context.run.journal(context.number), first_step, generation=context.generation)
+        if context.is_first_rank
+        else NullTracker()
     )
     tracker.params(stage_params(context))
     try:
-        if train(context, engine, first_step, checkpoints, tracker):
+        if train(context, engine, first_step, checkpoints, tracker, is_preempted):
             del engine
             evaluate_stage(context, checkpoints, tracker)
     finally:
         tracker.close()
+
+
+def gives_up(context: StageContext) -> bool:
+    """Whether the budgets of the stage are spent: then it is marked as failed, with the reason. Collective."""
+    reason = None
+    if context.is_first_rank:
+        state = context.ledger.read()
+        first = state.facts.get("budget_from", 0)
+        starts = [start for start in state.stage(context.number).starts if start.generation > first]
+        cluster, guard = context.recipe.cluster, context.recipe.guard
+        budgets = Budgets(
+            cluster.max_failures,
+            cluster.max_crashes_at_one_step,
+            cluster.max_preemptions,
+            guard.max_rollbacks,
+        )
+        reason = give_up_reason(spent(starts), budgets)
+        if reason is not None:
+            context.ledger.record_end(context.number, context.generation, "gave_up", reason)
+            context.ledger.record_stage(context.number, "failed", reason=reason)
+            logger.error("stage %d is given up: %s", context.number, reason)
+    return context.ranks.gather(reason)[0] is not None
+
+
+@contextmanager
+def telling_the_end(context: StageContext) -> Iterator[None]:
+    """Writes to the ledger how the work of this rank ended; a rank that is killed writes nothing, which tells too."""
+    try:
+        yield
+    except FencedError:
+        raise
+    except Exception as error:
+        reason = f"rank {context.ranks.rank}: {type(error).__name__}: {error}"
+        context.ledger.record_end(context.number, context.generation, end_kind(error), reason)
+        raise
+    if context.is_first_rank:
+        status = context.ledger.read().stage(context.number).status
+        kind = "done" if status == "done" else "stopped"
+        if kind == "stopped":
+            context.ledger.record_stage(context.number, "stopped")
+        context.ledger.record_end(context.number, context.generation, kind)
+
+
+def end_kind(error: Exception) -> EndKind:
+    """What an error says of a start. Ranks that lose another one meet errors of torch.distributed: not theirs."""
+    if isinstance(error, RollbackError):
+        return "rollback"
+    text = str(error).lower()
+    is_lost = any(sign in text for sign in _LOST_RANK)
+    return "collateral" if isinstance(error, RuntimeError) and is_lost else "error"
 
 
 def stage_params(context: StageContext) -> dict[str, Any]:
@@ -122,26 +215,45 @@ def stage_params(context: StageContext) -> dict[str, Any]:
 
 
 def build_context(config: dict[str, Any]) -> StageContext:
-    """Prepares the process (device, log file, seed) and opens what all steps share: the only side effects."""
+    """Prepares the process (device, log file, seed), opens what all steps share, and says in the ledger that the ranks
+    are up: the only side effects.
+    """
     run = RunDir(Path(config["run_dir"]))
     recipe = run.recipe()
+    number, attempt = config["stage"], config["attempt"]
     device = torch.device("cuda", config["local_rank"]) if config["use_gpu"] else torch.device("cpu")
     if config["use_gpu"]:
         torch.cuda.set_device(device)
-    log_to_file(run.log_file(config["stage"], config["attempt"], config["rank"]))
+    log_to_file(run.log_file(number, attempt, config["rank"]))
     torch.manual_seed(derive_seed(recipe.seed, "initial weights"))
+    ranks, ledger = ProcessGroupRanks(device), Ledger(run.ledger_file)
+    generation = ranks.gather(record_start(run, ledger, number, attempt) if ranks.rank == 0 else None)[0]
+    heartbeat = Heartbeat(run.heartbeats(number) / f"rank-{ranks.rank}", generation, ranks.rank)
+    heartbeat.beat(0, "start")
     budget, bytes_before = open_budget(device, recipe.cluster.device_memory)
     return StageContext(
         run=run,
         recipe=recipe,
-        number=config["stage"],
+        number=number,
+        attempt=attempt,
+        generation=generation,
         device=device,
-        ranks=ProcessGroupRanks(device),
+        ranks=ranks,
         tokenizer=open_tokenizer(recipe),
-        ledger=Ledger(run.ledger_file),
+        ledger=ledger,
+        heartbeat=heartbeat,
         budget=budget,
         bytes_before=bytes_before,
     )
+
+
+def record_start(run: RunDir, ledger: Ledger, number: int, attempt: int) -> int:
+    """A new generation, with the step in which the one before was lost."""
+    starts = ledger.read().stage(number).starts
+    died_at = None
+    if starts and starts[-1].ended not in ("done", "stopped", "gave_up"):
+        died_at = last_step(run.heartbeats(number), starts[-1].generation)
+    return ledger.record_start(number, attempt, died_at)
 
 
 def open_tokenizer(recipe: Recipe) -> CaptionTokenizer:
@@ -167,19 +279,18 @@ def log_to_file(path: Path) -> None:
 
 
 def train(
-    context: StageContext, engine: Engine, first_step: int, checkpoints: CheckpointStore, tracker: Tracker
+    context: StageContext,
+    engine: Engine,
+    first_step: int,
+    checkpoints: CheckpointStore,
+    tracker: Tracker,
+    is_preempted: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Trains from `first_step` on. Returns whether the stage reached its last step; False when stopped."""
     store = open_store(context.recipe, "train")
     pace = pace_of(context, len(store))
     if first_step == pace.num_steps:
         return True
-
-    def save(step: int) -> None:
-        began_s = time.monotonic()
-        save_checkpoint(context, checkpoints, engine, step, pace.num_steps, store.manifest.fingerprint)
-        tracker.metrics(step, {"perf/save_s": time.monotonic() - began_s})
-
     step_seed = derive_seed(context.recipe.seed, "step", context.number)
     train_step = TrainStep(
         engine,
@@ -196,18 +307,28 @@ def train(
         moments = moment_bytes(num_parameters, context.recipe.engine, context.ranks.world_size)
     train_step.rehearse(rehearsal_of(context, train_step.micro_batch_size, num_tags), moments)
     watch = watch_memory(context, train_step.micro_batch_size, num_tags)
+    saver = StageSaver(context, checkpoints, engine, tracker, pace.num_steps, store.manifest.fingerprint)
     hooks = Hooks(
         train_step=train_step,
-        leave_out=DamagedSteps(
-            context.ledger, context.number, context.recipe.loader.max_damaged_steps, context.ranks, tracker
+        left_out=LeftOutSteps(
+            context.ledger,
+            context.number,
+            context.ranks,
+            tracker,
+            context.recipe.loader.max_damaged_steps,
+            context.recipe.guard.max_nonfinite_in_a_row,
         ),
         report=reporter(context, tracker, watch),
-        save=save,
-        stop_requested=context.run.stop_file.exists,
+        save=saver,
+        save_soon=PreemptionNotice(context, is_preempted),
+        stop_requested=lambda: context.is_first_rank and context.run.stop_file.exists(),
+        beat=lambda step: context.heartbeat.beat(step, "step"),
         clock=time.monotonic,
     )
     batches = build_loader(context, store).batches_from(first_step)
-    return fit(batches, first_step, pace, hooks, context.ranks) == pace.num_steps
+    finished = fit(batches, first_step, pace, hooks, context.ranks)
+    checkpoints.wait(context.ranks.any)
+    return finished == pace.num_steps
 
 
 def micro_batch_size_of(context: StageContext) -> int | None:
@@ -353,39 +474,117 @@ def inherit_weights(context: StageContext, model: VideoTextModel) -> None:
     logger.info("stage %d starts from %s: %s", context.number, checkpoint.path, report.summary())
 
 
-def save_checkpoint(
-    context: StageContext,
-    checkpoints: CheckpointStore,
-    engine: Engine,
-    step: int,
-    num_steps: int,
-    fingerprint: str,
-) -> None:
-    """Commits the state after `step` steps, then says so in the ledger. Collective."""
-    facts = {
-        "stage": context.number,
-        "stage_name": context.stage.name,
-        "num_steps": num_steps,
-        "world_size": context.ranks.world_size,
-        "data_fingerprint": fingerprint,
-        "recipe_hash": config_hash(context.recipe),
-    }
-    weights = engine.consolidated_state_dict()
-    card = {**facts, "step": step, "model": context.model_config().model_dump(mode="json")}
-    path = checkpoints.save(step, engine.save, context.ranks.barrier, facts, weights, card)
-    if context.is_first_rank:
-        status = "trained" if step == num_steps else "running"
-        context.ledger.record_stage(
-            context.number, status, checkpoint=str(path), step=step, num_steps=num_steps
+class StageSaver:
+    """Commits the state of a stage, then says so in the ledger: `Hooks.save`.
+
+    A save that fails leaves the checkpoints of before as they are. Training goes on and the next one is due as ever;
+    only where the state would be lost otherwise (the last one of a stage, or before a stop) is it an error.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        checkpoints: CheckpointStore,
+        engine: Engine,
+        tracker: Tracker,
+        num_steps: int,
+        fingerprint: str,
+    ) -> None:
+        self._context, self._checkpoints, self._engine, self._tracker = context, checkpoints, engine, tracker
+        self._num_steps, self._fingerprint = num_steps, fingerprint
+        self._num_failed = 0
+
+    def __call__(self, step: int, is_last: bool) -> None:
+        """Collective. Raises CheckpointError when `is_last` and the state could not be saved."""
+        context = self._context
+        context.heartbeat.beat(step, "save")
+        began_s = time.monotonic()
+        self._attempt(step, lambda: self._checkpoints.wait(context.ranks.any), must_succeed=False)
+        self._attempt(step, lambda: self._save(step), must_succeed=is_last)
+        self._tracker.metrics(step, {"perf/save_s": time.monotonic() - began_s})
+        every = context.recipe.evaluation.every_steps
+        if every is not None and step % every == 0 and step < self._num_steps:
+            self._score(step)
+
+    def _attempt(self, step: int, action: Callable[[], None], must_succeed: bool) -> None:
+        try:
+            action()
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            self._num_failed += 1
+            logger.error("at step %d: %s; training goes on, the next save is due as ever", step, error)
+            self._tracker.metrics(step, {"perf/failed_saves": float(self._num_failed)})
+
+    def _save(self, step: int) -> None:
+        context = self._context
+        facts = {
+            "stage": context.number,
+            "stage_name": context.stage.name,
+            "num_steps": self._num_steps,
+            "world_size": context.ranks.world_size,
+            "data_fingerprint": self._fingerprint,
+            "recipe_hash": config_hash(context.recipe),
+        }
+        weights = self._engine.consolidated_state_dict()
+        card = {**facts, "step": step, "model": context.model_config().model_dump(mode="json")}
+        self._checkpoints.save(
+            step,
+            self._engine.save,
+            facts,
+            weights,
+            card,
+            any_rank=context.ranks.any,
+            before_publish=context.require_newest,
+            on_published=partial(self._record, step),
         )
+
+    def _record(self, step: int, path: Path) -> None:
+        """On the first rank, in the thread that publishes."""
+        status: StageStatus = "trained" if step == self._num_steps else "running"
+        self._context.ledger.record_stage(
+            self._context.number, status, checkpoint=str(path), step=step, num_steps=self._num_steps
+        )
+
+    def _score(self, step: int) -> None:
+        context = self._context
+        self._checkpoints.wait(context.ranks.any)
+        context.heartbeat.beat(step, "score")
+        newest = self._checkpoints.newest_good()
+        if newest is None or newest.step != step or context.recipe.data.egomcq is None:
+            return
+        scores = evaluate_weights(context, newest).metrics()
+        self._tracker.metrics(step, scores)
+        if context.is_first_rank:
+            state = context.ledger.read().stage(context.number)
+            scored = {**state.facts.get(SCORED_CHECKPOINTS, {}), str(step): scores}
+            context.ledger.record_stage(context.number, state.status, **{SCORED_CHECKPOINTS: scored})
+
+
+def best_steps(context: StageContext) -> list[int]:
+    """Steps of the scored checkpoints that are kept for their EgoMCQ intra, the best ones."""
+    scored = context.ledger.read().stage(context.number).facts.get(SCORED_CHECKPOINTS, {})
+    ranked = sorted(scored, key=lambda step: scored[step].get(f"{INTRA}_acc", 0.0), reverse=True)
+    return [int(step) for step in ranked[: context.recipe.checkpoint.keep_best]]
+
+
+def mirror_of(context: StageContext) -> str | None:
+    """Where copies of this stage's checkpoints go."""
+    mirror = context.recipe.checkpoint.mirror
+    return None if mirror is None else f"{mirror.rstrip('/')}/{context.run.run_id}/stage-{context.number}"
 
 
 def reporter(
     context: StageContext, tracker: Tracker, watch: MemoryWatch | None
 ) -> Callable[[Interval], None]:
-    """Writes the numbers of an interval to the tracker, which is the journal on rank 0."""
+    """Writes the numbers of an interval to the tracker, which is the journal on rank 0. Raises FencedError when another
+    start has taken over.
+    """
+    spikes = SpikeWatch(context.recipe.guard.spike_window, context.recipe.guard.spike_sigma)
 
     def report(interval: Interval) -> None:
+        if context.is_first_rank:
+            context.require_newest()
         (peak_rss,) = context.ranks.max([float(peak_rss_bytes())])
         values = {f"train/{name}": value for name, value in asdict(interval.metrics).items()}
         values |= {
@@ -393,15 +592,55 @@ def reporter(
             "perf/clips_per_s": interval.clips_per_s,
             "perf/step_ms": interval.step_ms,
             "perf/data_wait_ms": interval.data_wait_ms,
+            "perf/busy_s": (interval.step_ms - interval.data_wait_ms) * interval.num_steps / 1e3,
+            "perf/wait_s": interval.data_wait_ms * interval.num_steps / 1e3,
+            "perf/rank_lag_ms": interval.rank_lag_ms,
             "mem/peak_rss_gib": peak_rss / GIB,
         }
         if watch is not None:
             values["mem/peak_device_gib"] = watch.measure() / GIB
             values["mem/predicted_device_gib"] = watch.predicted.total / GIB
+        for step, loss in interval.losses:
+            if (score := spikes.add(loss)) is not None:
+                values["train/loss_spike"] = loss
+                tracker.tags(
+                    {f"loss_spike.{step}": f"{loss:.4g}, {score:.1f} standard deviations above the usual"}
+                )
+                logger.warning(
+                    "step %d: loss %.4g is a spike, %.1f standard deviations up", step, loss, score
+                )
+        if interval.rank_lag_ms > _LAG_SHARE * interval.step_ms:
+            logger.warning(
+                "steps to %d: rank %d keeps the others waiting, up to %.0f ms of a step's %.0f",
+                interval.step,
+                interval.slowest_rank,
+                interval.rank_lag_ms,
+                interval.step_ms,
+            )
         tracker.metrics(interval.step, values)
         tracker.flush()
 
     return report
+
+
+class PreemptionNotice:
+    """`Hooks.save_soon`: whether this machine is about to be taken away, said once. What ends the start is no crash
+    then, which the ledger keeps.
+    """
+
+    def __init__(self, context: StageContext, is_preempted: Callable[[], bool]) -> None:
+        self._context, self._is_preempted = context, is_preempted
+        self._has_told = False
+
+    def __call__(self) -> bool:
+        """Collective."""
+        if self._has_told or not self._context.ranks.any(self._is_preempted()):
+            return False
+        self._has_told = True
+        logger.warning("a machine of this stage is about to be taken away; the state is saved now")
+        if self._context.is_first_rank:
+            self._context.ledger.record_preemption(self._context.number, self._context.generation)
+        return True
 
 
 def evaluate_stage(context: StageContext, checkpoints: CheckpointStore, tracker: Tracker) -> None:

@@ -90,6 +90,26 @@ class EvaluationConfig(Settings):
         le=1,
         description="Share of questions without readable clips above which it fails.",
     )
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Scores checkpoints on the way too, those whose step divides by it; null = only the last.",
+    )
+
+
+class GuardConfig(Settings):
+    """What is done about losses that are not finite, and about those that stand out."""
+
+    max_nonfinite_in_a_row: int = Field(
+        default=3, ge=1, description="Steps without a finite loss, in a row, at which the stage rolls back."
+    )
+    max_rollbacks: int = Field(default=2, ge=0, description="Rollbacks of a stage; one more ends it.")
+    spike_sigma: float = Field(
+        default=6.0,
+        gt=0,
+        description="Standard deviations above the usual at which a loss is told as a spike.",
+    )
+    spike_window: int = Field(default=128, ge=2, description="Steps that make the usual.")
 
 
 class Recipe(Settings):
@@ -109,6 +129,7 @@ class Recipe(Settings):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     inflation: Literal["nearest", "interpolate"] = Field(
         default="interpolate", description="How position tables grow with the frames; nearest is SViTT's."

@@ -42,6 +42,10 @@ class RunDir:
         """Of a stage; number 0 is the journal of the whole run."""
         return (self.stage_dir(number) if number else self.path) / "journal.jsonl"
 
+    def heartbeats(self, number: int) -> Path:
+        """Folder of the last signs of life of a stage's ranks."""
+        return self.stage_dir(number) / "heartbeat"
+
     def log_file(self, number: int, attempt: int, rank: int) -> Path:
         return self.stage_dir(number) / "logs" / f"attempt-{attempt}-rank-{rank}.log"
 

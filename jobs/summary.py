@@ -16,8 +16,11 @@ from pipeline.storage import storage_path
 INTER, INTRA = "eval/egomcq/inter_video", "eval/egomcq/intra_video"
 PROBE_ORDERED, PROBE_SHUFFLED = "eval/temporal_probe/ordered", "eval/temporal_probe/shuffled"
 
-# Fact of a stage in the ledger.
+# Facts of a stage in the ledger: of steps without an update, and of scored checkpoints before the last.
 DAMAGED_STEPS = "damaged_steps"
+NON_FINITE_STEPS = "non_finite_steps"
+SKIPPED_WINDOWS = "skipped_windows"
+SCORED_CHECKPOINTS = "scored_checkpoints"
 
 
 def describe_stage(recipe: Recipe, stage: StageConfig) -> str:

@@ -3,10 +3,11 @@
 Knows no framework: it is handed built objects and calls them. What one step computes stands in `train_step`.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from jobs.ranks import Ranks
@@ -16,6 +17,14 @@ from pipeline.loader import Batch
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what to change."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient of a step is not finite on some rank: raised on all of them, before the weights change."""
+
+
+class RollbackError(TrainingError):
+    """The stage has to go on from an earlier checkpoint, behind steps that are left out from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,8 @@ class Interval:
     """Means over the steps since the last report, over all ranks.
 
     `step` counts finished steps; `clips_per_s` is over all ranks; times are milliseconds per step of the slowest rank.
+    `losses` holds (step, loss) of each of the `num_steps` steps. The slowest rank is the one the others wait for at the
+    beginning of a step, `rank_lag_ms` by how much at the 95th percentile.
     """
 
     step: int
@@ -42,21 +53,37 @@ class Interval:
     clips_per_s: float
     step_ms: float
     data_wait_ms: float
+    num_steps: int = 0
+    losses: tuple[tuple[int, float], ...] = ()
+    rank_lag_ms: float = 0.0
+    slowest_rank: int = 0
+
+
+class LeftOut(Protocol):
+    """Steps without an update: see `left_out`."""
+
+    def is_skipped(self, step: int) -> bool: ...
+
+    def damaged(self, step: int, error: ClipError | None) -> None: ...
+
+    def non_finite(
+        self, step: int, in_a_row: int, clip_ids: Sequence[str], error: NonFiniteError, saved: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls. `save(step)` is collective; `stop_requested` is asked on every rank, any yes counts.
-
-    `leave_out(step, error)` is collective too: a rank met a damaged clip at this step, `error` on that rank, None on
-    the others.
+    """What the loop calls. `save(step, is_last)` is collective, and so is `save_soon`, asked at every report.
+    `stop_requested` is asked on every rank before each step, any yes counts; `beat(step)` tells that a step begins.
     """
 
     train_step: Callable[[int, Batch], Tensor]
-    leave_out: Callable[[int, ClipError | None], None]
+    left_out: LeftOut
     report: Callable[[Interval], None]
-    save: Callable[[int], None]
+    save: Callable[[int, bool], None]
+    save_soon: Callable[[], bool]
     stop_requested: Callable[[], bool]
+    beat: Callable[[int], None]
     clock: Callable[[], float]
 
 
@@ -75,17 +102,25 @@ class _Meter:
     """Sums of one interval. Losses stay on the device until `reduce`, so that a step never waits for them."""
 
     def __init__(self) -> None:
-        self.sums: Tensor | None = None
-        self.steps, self.busy_s, self.wait_s = 0, 0.0, 0.0
+        self.metrics: list[Tensor] = []
+        self.steps: list[int] = []
+        self.busy_s, self.wait_s = 0.0, 0.0
+        self.turnouts_s: list[float] = []
 
-    def add(self, metrics: Tensor, busy_s: float, wait_s: float) -> None:
-        self.sums = metrics.clone() if self.sums is None else self.sums + metrics
-        self.steps, self.busy_s, self.wait_s = self.steps + 1, self.busy_s + busy_s, self.wait_s + wait_s
+    def add(self, step: int, metrics: Tensor, busy_s: float, wait_s: float, turnout_s: float) -> None:
+        """`turnout_s`: how long this rank waited for the others to come to the step."""
+        self.metrics.append(metrics.clone())
+        self.steps.append(step)
+        self.busy_s, self.wait_s = self.busy_s + busy_s, self.wait_s + wait_s
+        self.turnouts_s.append(turnout_s)
 
     def reduce(self, step: int, pace: Pace, ranks: Ranks) -> Interval:
-        assert self.sums is not None, "an interval has at least one step"
-        means = ranks.mean((self.sums / self.steps).tolist())
-        busy_ms, wait_ms = ranks.max([1e3 * self.busy_s / self.steps, 1e3 * self.wait_s / self.steps])
+        num_steps = len(self.steps)
+        metrics_SM = torch.stack(self.metrics)
+        reduced = ranks.mean([*metrics_SM.mean(0).tolist(), *metrics_SM[:, 0].tolist()])
+        means, losses = reduced[: metrics_SM.shape[1]], reduced[metrics_SM.shape[1] :]
+        busy_ms, wait_ms = ranks.max([1e3 * self.busy_s / num_steps, 1e3 * self.wait_s / num_steps])
+        turnouts = ranks.gather(sorted(self.turnouts_s)[int(0.95 * (num_steps - 1))])
         return Interval(
             step=step,
             metrics=StepMetrics(*means),
@@ -93,6 +128,10 @@ class _Meter:
             clips_per_s=1e3 * pace.global_batch_size / (busy_ms + wait_ms),
             step_ms=busy_ms + wait_ms,
             data_wait_ms=wait_ms,
+            num_steps=num_steps,
+            losses=tuple(zip(self.steps, losses, strict=True)),
+            rank_lag_ms=1e3 * (max(turnouts) - min(turnouts)),
+            slowest_rank=turnouts.index(min(turnouts)),
         )
 
 
@@ -105,47 +144,56 @@ def fit(
 ) -> int:
     """Trains from `start_step` to the last step, or until stopped. Returns the number of finished steps.
 
-    A step of which a rank has no whole batch is left out on all of them. The state after the last finished step is
-    always saved. Raises TrainingError when a loss is no longer finite; that is found before the next save, so the
-    newest checkpoint is from before it.
+    A step is left out on all ranks where one of them has no whole batch or no finite loss, or where a rollback took it
+    out. The state after the last finished step is always saved. Between a step that was not finite and the next one
+    that is, nothing is saved: a rollback must find a checkpoint from before.
     """
     finished, saved = start_step, start_step
+    bad_in_a_row, is_overdue = 0, False
     meter = _Meter()
     while finished < pace.num_steps:
+        hooks.beat(finished)
         asked_s = hooks.clock()
         step, batch = next(batches)
         if step != finished:
             raise TrainingError(f"the loader handed out step {step}, the loop is at step {finished}")
+        came_s = hooks.clock()
+        is_damaged, is_stopping = ranks.max([isinstance(batch, ClipError), hooks.stop_requested()])
         began_s = hooks.clock()
-        if ranks.any(isinstance(batch, ClipError)):
-            hooks.leave_out(step, batch if isinstance(batch, ClipError) else None)
+        if is_stopping:
+            break
+        if hooks.left_out.is_skipped(step):
+            pass
+        elif is_damaged:
+            hooks.left_out.damaged(step, batch if isinstance(batch, ClipError) else None)
         else:
             assert isinstance(batch, Batch), "no rank has an error"
-            metrics = hooks.train_step(step, batch)
-            meter.add(metrics, busy_s=hooks.clock() - began_s, wait_s=began_s - asked_s)
+            try:
+                metrics = hooks.train_step(step, batch)
+            except NonFiniteError as error:
+                bad_in_a_row += 1
+                hooks.left_out.non_finite(step, bad_in_a_row, batch.clip_ids, error, saved)
+            else:
+                bad_in_a_row = 0
+                meter.add(step, metrics, hooks.clock() - began_s, came_s - asked_s, began_s - came_s)
         finished += 1
 
-        save_due = finished % pace.save_every_steps == 0
-        if not (save_due or finished % pace.log_every_steps == 0 or finished == pace.num_steps):
-            continue
-        if meter.steps:
-            interval = meter.reduce(finished, pace, ranks)
-            meter = _Meter()
-            _require_finite(interval, saved)
-            hooks.report(interval)
-        stopping = ranks.any(hooks.stop_requested())
-        if save_due or stopping or finished == pace.num_steps:
-            hooks.save(finished)
-            saved = finished
-        if stopping:
-            break
+        is_overdue |= finished % pace.save_every_steps == 0
+        is_last = finished == pace.num_steps
+        if is_overdue or is_last or finished % pace.log_every_steps == 0:
+            meter = _report(meter, finished, pace, hooks, ranks)
+            is_overdue |= hooks.save_soon()
+        if is_last or (is_overdue and not bad_in_a_row):
+            hooks.save(finished, is_last)
+            saved, is_overdue = finished, False
+    if finished > saved:  # stopped
+        _report(meter, finished, pace, hooks, ranks)
+        hooks.save(finished, True)
     return finished
 
 
-def _require_finite(interval: Interval, saved: int) -> None:
-    if not math.isfinite(interval.metrics.loss):
-        raise TrainingError(
-            f"the loss is {interval.metrics.loss} between step {interval.step} and the report before it "
-            f"(terms: {interval.metrics}). Last saved step: {saved}. Lower the learning rate, set "
-            f"engine.gradient_clipping, or look at the clips of these steps."
-        )
+def _report(meter: _Meter, finished: int, pace: Pace, hooks: Hooks, ranks: Ranks) -> _Meter:
+    """Reports an interval that has steps; a new meter either way."""
+    if meter.steps:
+        hooks.report(meter.reduce(finished, pace, ranks))
+    return _Meter()

@@ -18,7 +18,7 @@ from infra.memory_budget import is_out_of_memory
 from jobs.batch_work import BatchWork, MemoryShortageError
 from jobs.ranks import Ranks
 from jobs.rehearsal import RehearsalWork
-from jobs.train_loop import TrainingError
+from jobs.train_loop import NonFiniteError, TrainingError
 from model.step_key import StepKey
 from pipeline.loader import Batch
 
@@ -54,11 +54,27 @@ class TrainStep:
     def __call__(self, step: int, batch: Batch) -> Float[Tensor, " metrics"]:
         """Returns loss, vtc, vtm, mlm and the gradient norm, detached, in the order of StepMetrics.
 
-        The mean over ranks of each is that of the whole batch.
+        The mean over ranks of each is that of the whole batch. Raises NonFiniteError on all ranks, with the gradient
+        thrown away and the weights as they were, when a loss or a gradient of one of them is not finite.
         """
         losses = self.gradient(step, batch)
+        self._require_finite(step, losses)
         self.engine.step(self.learning_rate_at(step))
         return torch.cat([losses, losses.new_tensor([self.engine.grad_norm or 0.0])])
+
+    def _require_finite(self, step: int, losses: Float[Tensor, " 4"]) -> None:
+        is_finite = bool(losses.isfinite().all()) and self.engine.has_finite_gradient()
+        if not self.ranks.any(not is_finite):
+            return
+        self.engine.discard()
+        names = ("loss", "vtc", "vtm", "mlm")
+        found = self.ranks.gather(
+            None
+            if is_finite
+            else ", ".join(f"{n} {v:.4g}" for n, v in zip(names, losses.tolist(), strict=True))
+        )
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(found) if text)
+        raise NonFiniteError(f"step {step}: loss or gradient is not finite ({told})")
 
     def rehearse(self, batch: Batch, reserved_bytes: int = 0) -> None:
         """Computes a gradient as costly as any of the stage and throws it away: memory that does not suffice shows

@@ -46,3 +46,16 @@ def test_resuming_cuts_the_torn_tail_and_voids_later_steps(tmp_path: Path) -> No
 
 def test_nested_settings_become_flat_names() -> None:
     assert flatten({"a": {"b": [1, {"c": 2}]}, "d": None}) == {"a.b.0": "1", "a.b.1.c": "2", "d": "None"}
+
+
+def test_lines_of_a_replaced_writer_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    old = Journal(path, resume_step=0, generation=3)
+    old.metrics(1, {"loss": 1.0})
+    old.flush()
+    new = Journal(path, resume_step=0, generation=4)
+    new.metrics(1, {"loss": 10.0})
+    new.close()
+    old.metrics(2, {"loss": 2.0})
+    old.close()
+    assert metric_history(path, "loss") == [(1, 10.0)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.ledger import Ledger, LedgerError, RunState, sole_controller
+from infra.ledger import FencedError, Ledger, LedgerError, RunState, sole_controller
 
 
 def test_replaying_the_lines_gives_the_state(tmp_path: Path) -> None:
@@ -32,6 +32,37 @@ def test_replaying_the_lines_gives_the_state(tmp_path: Path) -> None:
 
 def test_a_run_without_a_ledger_has_an_empty_state(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "ledger.jsonl").read() == RunState()
+
+
+def test_starts_have_generations_over_the_whole_run_and_the_first_own_account_of_their_end(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", clock=lambda: 7.0)
+    assert [ledger.record_start(1, 1), ledger.record_start(1, 1, died_at=17), ledger.record_start(2, 1)] == [
+        1,
+        2,
+        3,
+    ]
+    ledger.record_end(1, 2, "collateral", "connection closed by peer")
+    ledger.record_end(1, 2, "error", "rank 1: ValueError: bad")
+    ledger.record_end(1, 2, "error", "another one, later")
+    ledger.record_preemption(2, 3)
+    first, second = ledger.read().stage(1).starts
+    assert (first.ended, first.died_at, first.time_s) == (None, None, 7.0)
+    assert (second.ended, second.reason, second.died_at) == ("error", "rank 1: ValueError: bad", 17)
+    assert ledger.read().stage(2).starts[0].is_preempted
+    assert ledger.read().generation == 3
+    assert ledger.read().stage(1).status == "pending"
+
+
+def test_a_start_that_was_replaced_may_change_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    old = ledger.record_start(1, 1)
+    with ledger.fenced(old):
+        ledger.record_stage(1, "running", step=5)
+    ledger.record_start(1, 2)
+    with pytest.raises(FencedError, match="start 1 of this run was replaced by start 2"), ledger.fenced(old):
+        pytest.fail("it was let in")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
