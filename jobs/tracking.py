@@ -1,5 +1,6 @@
 """One MLflow run per curriculum with a child per stage, fed from the journals; the same runs after a restart."""
 
+import json
 import logging
 import threading
 from pathlib import Path
@@ -11,7 +12,9 @@ from infra.journal import Journal, Scalar
 from infra.ledger import Ledger
 from infra.mlflow_tracker import MlflowForwarder, MlflowRuns, RunStatus, TrackingError, sqlite_uri
 from infra.runtime import provenance
+from jobs.goodput import goodput
 from jobs.recipe import Recipe
+from jobs.retry_budget import spent
 from jobs.run_dir import RunDir
 from pipeline.manifest import read_manifest
 from pipeline.storage import storage_path
@@ -53,11 +56,21 @@ class RunTracking:
         self._follow(number)
 
     def finish_stage(self, number: int, outcome: str) -> None:
-        """Sends what is left of a stage and puts its scores on the parent run, at step = stage number."""
-        scores = self._ledger.read().stage(number).facts.get("scores")
+        """Sends what is left of a stage and puts its scores, its faults and the goodput so far on the parent run, at
+        step = stage number.
+        """
+        state = self._ledger.read()
+        scores = state.stage(number).facts.get("scores")
         if outcome == "done" and scores:
             self._journal.metrics(number, scores)
-            self._journal.flush()
+        used, time_of = spent(state.stage(number).starts), goodput(self._run)
+        counts = {"crashes": used.crashes, "preemptions": used.preemptions, "rollbacks": used.rollbacks}
+        self._journal.metrics(number, {f"faults/{name}": float(count) for name, count in counts.items()})
+        self._journal.metrics(number, {"perf/goodput": time_of.share, "perf/lost_s": time_of.lost_s})
+        self._journal.tags(
+            {"drift": json.dumps(state.facts.get("drift", []))} if "drift" in state.facts else {}
+        )
+        self._journal.flush()
         self._close(number)
         self._set_status(number, outcome)
 
