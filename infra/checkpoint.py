@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,31 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one stage. All ranks hold one; only rank 0 publishes and deletes."""
+    """The checkpoints of one stage. All ranks hold one; only rank 0 publishes and deletes.
 
-    def __init__(self, directory: Path, keep_last: int = 2, rank: int = 0) -> None:
+    What training waits for is the writing of a rank's own files. Flushing, hashing and publishing go on in a thread of
+    each rank; ranks meet in the folder itself, over receipts.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        keep_last: int = 2,
+        generation: int = 0,
+        protect: Callable[[], Collection[int]] = tuple,
+        receipt_timeout_s: float = 600.0,
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
         self.directory = directory
-        self._keep_last = keep_last
-        self._rank = rank
+        self._rank, self._world_size = rank, world_size
+        self._keep_last, self._protect = keep_last, protect
+        self._generation = generation
+        self._receipt_timeout_s = receipt_timeout_s
+        self._pending: _Pending | None = None
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -64,52 +83,56 @@ class CheckpointStore:
         self,
         step: int,
         write: Callable[[Path], None],
-        barrier: Callable[[], None],
         meta: Mapping[str, Any],
         weights: Mapping[str, Tensor] | None = None,
         weights_card: Mapping[str, Any] | None = None,
-        expected_bytes: int = 0,
-    ) -> Path:
-        """Write and publish one checkpoint; every rank calls it with the same `step`.
+        *,
+        any_rank: Callable[[bool], bool] = bool,
+        before_publish: Callable[[], None] = lambda: None,
+        on_published: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """Write one checkpoint; every rank calls it with the same `step`. It is published in the background: `wait`.
 
-        `write(directory)` puts this rank's files there; `weights` (rank 0's are used) go into safetensors;
-        `barrier` waits for all ranks. Returns the published path. Raises CheckpointError, after which the
-        earlier checkpoints are as they were.
+        `write(directory)` puts this rank's files there; `weights` (rank 0's are used) go into safetensors; `any_rank`
+        tells whether a flag is set on any rank. On rank 0, in the background, `before_publish` may raise to keep the
+        checkpoint from being published, and `on_published` is told its path. Raises CheckpointError on all ranks when
+        one of them could not write; the earlier checkpoints are then as they were.
         """
-        directory = self.begin(step, barrier, expected_bytes)
-        write(directory)
-        if self._rank == 0 and weights is not None:
-            save_weights(directory, weights, weights_card or {})
-        return self.publish(step, barrier, meta)
+        self.wait(any_rank)
+        folder = self._temporary(step)
+        own = folder / f"rank-{self._rank:05d}"
+        problem: Exception | None = None
+        try:
+            self._require_space(weights)
+            shutil.rmtree(own, ignore_errors=True)
+            own.mkdir(parents=True)
+            write(own)
+            if self._rank == 0 and weights is not None:
+                save_weights(own, weights, weights_card or {})
+        except Exception as error:  # whatever an engine or a file system raises, the others must hear of it
+            problem = error
+        if any_rank(problem is not None):
+            shutil.rmtree(own, ignore_errors=True)
+            if self._rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            what = (
+                f"{type(problem).__name__}: {problem}" if problem else "another rank could not write its part"
+            )
+            raise CheckpointError(
+                f"saving step {step} failed, earlier checkpoints are as they were: {what}"
+            ) from problem
+        work = _Publication(self, step, meta, before_publish, on_published)
+        self._pending = _Pending(work.run)
 
-    def begin(self, step: int, barrier: Callable[[], None], expected_bytes: int = 0) -> Path:
-        """Make the empty temporary directory of a step. All ranks call it."""
-        directory = self._temporary(step)
-        if self._rank == 0:
-            free = shutil.disk_usage(self.directory).free
-            if free < expected_bytes:
-                raise CheckpointError(
-                    f"saving step {step} needs about {expected_bytes / 2**20:.0f} MiB and {self.directory} "
-                    f"has {free / 2**20:.0f} MiB free; free some space or lower checkpoint.keep_last"
-                )
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
-        barrier()
-        return directory
-
-    def publish(self, step: int, barrier: Callable[[], None], meta: Mapping[str, Any]) -> Path:
-        """Make a step visible once every rank has written its files. All ranks call it.
-
-        Each rank's files are on disk before the barrier; rank 0 then adds the manifest and renames.
+    def wait(self, any_rank: Callable[[bool], bool] = bool) -> None:
+        """Return when the save begun last is published. Collective. Raises CheckpointError on all ranks when it could
+        not be; the earlier checkpoints are then as they were.
         """
-        directory, final = self._temporary(step), self.path_of(step)
-        _flush_tree(directory)
-        barrier()
-        if self._rank == 0:
-            self._publish(directory, final, step, meta)
-            self._retain()
-        barrier()
-        return final
+        pending, self._pending = self._pending, None
+        problem = pending.join() if pending is not None else None
+        if any_rank(problem is not None):
+            what = str(problem) if problem else "another rank could not finish its part"
+            raise CheckpointError(f"publishing a checkpoint failed: {what}") from problem
 
     def newest_good(self) -> Checkpoint | None:
         """The newest checkpoint whose files match their checksums; damaged ones are named in a warning."""
@@ -134,25 +157,31 @@ class CheckpointStore:
         return self.directory / f"step-{step:08d}"
 
     def _temporary(self, step: int) -> Path:
-        return self.directory / f"tmp-step-{step:08d}"
+        # The generation keeps it apart from what another start of the same step has left, or still writes.
+        return self.directory / f"tmp-step-{step:08d}-g{self._generation}"
 
-    def _publish(self, directory: Path, final: Path, step: int, meta: Mapping[str, Any]) -> None:
-        files = {
-            str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        }
-        if not files:
-            raise CheckpointError(f"nothing was written for step {step}; a checkpoint cannot be empty")
-        manifest = {"format": _FORMAT, "step": step, "meta": dict(meta), "files": files}
-        write_durably(directory / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        if final.exists():  # a damaged one of the same step: this run has computed it again
-            shutil.rmtree(final)
-        os.rename(directory, final)
-        flush_directory(self.directory)
+    def _require_space(self, weights: Mapping[str, Tensor] | None) -> None:
+        """On rank 0, for all: what the newest checkpoint takes, or three times the weights before there is one."""
+        if self._rank:
+            return
+        steps = self.steps()
+        if steps:
+            files = (path for path in self.path_of(steps[-1]).rglob("*") if path.is_file())
+            expected = sum(path.stat().st_size for path in files)
+        else:
+            expected = 3 * sum(tensor.nbytes for tensor in (weights or {}).values())
+        free = shutil.disk_usage(self.directory).free
+        if free < expected:
+            raise CheckpointError(
+                f"it takes about {expected / 2**20:.0f} MiB and {self.directory} has {free / 2**20:.0f} MiB free; free "
+                "some space or lower checkpoint.keep_last"
+            )
 
     def _retain(self) -> None:
-        for step in self.steps()[: -self._keep_last]:
+        kept = {*self.steps()[-self._keep_last :], *self._protect()}
+        for step in self.steps():
+            if step in kept:
+                continue
             doomed = self.directory / f"tmp-old-{step:08d}"
             try:  # out of sight first: a half-deleted checkpoint must not look like a damaged one
                 os.rename(self.path_of(step), doomed)
@@ -164,6 +193,117 @@ class CheckpointStore:
         for path in self.directory.glob("tmp-*"):
             logger.info("removing %s, left by an interrupted save", path.name)
             shutil.rmtree(path, ignore_errors=True)
+
+
+class _Pending:
+    """Work in a thread, and what it raised."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self._problem = work, None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> Exception | None:
+        self._thread.join()
+        return self._problem
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._problem = error
+
+
+@dataclass(frozen=True)
+class _Publication:
+    """The second half of a save, off the training path."""
+
+    store: CheckpointStore
+    step: int
+    meta: Mapping[str, Any]
+    before_publish: Callable[[], None]
+    on_published: Callable[[Path], None]
+
+    def run(self) -> None:
+        store = self.store
+        folder, final = store._temporary(self.step), store.path_of(self.step)
+        try:
+            self._hand_in(folder, store._rank)
+            if store._rank != 0:
+                return
+            files = self._collect(folder)
+            self.before_publish()
+            self._publish(folder, final, files)
+        except Exception:
+            if store._rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self.on_published(final)
+        store._retain()
+
+    def _hand_in(self, folder: Path, rank: int) -> None:
+        """This rank's files, flushed and hashed, into the common folder; the receipt says they are all there."""
+        own, listed = folder / f"rank-{rank:05d}", {}
+        _flush_tree(own)
+        for path in sorted(own.rglob("*")):
+            if path.is_dir():
+                continue
+            name = str(path.relative_to(own))
+            listed[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)  # unlike a rename, it does not replace another rank's
+            except FileExistsError:
+                raise CheckpointError(f"two ranks wrote a file {name}; one would be lost") from None
+        shutil.rmtree(own)
+        write_durably(folder / _receipt_name(rank), json.dumps(listed) + "\n")
+
+    def _collect(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """What all ranks have handed in, looked at once more."""
+        store, files = self.store, {}
+        ends_s = time.monotonic() + store._receipt_timeout_s
+        waiting = [folder / _receipt_name(rank) for rank in range(store._world_size)]
+        while waiting := [path for path in waiting if not path.is_file()]:
+            if time.monotonic() > ends_s:
+                missing = ", ".join(path.name for path in waiting)
+                raise CheckpointError(
+                    f"no {missing} of step {self.step} after {store._receipt_timeout_s:.0f} s"
+                )
+            time.sleep(0.01)
+        for rank in range(store._world_size):
+            receipt = folder / _receipt_name(rank)
+            files.update(json.loads(receipt.read_text()))
+            receipt.unlink()
+        for name, entry in files.items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{name} of step {self.step} has {size} bytes, its rank wrote {entry['bytes']}"
+                )
+        if not files:
+            raise CheckpointError(f"nothing was written for step {self.step}; a checkpoint cannot be empty")
+        return files
+
+    def _publish(self, folder: Path, final: Path, files: Mapping[str, Any]) -> None:
+        manifest = {
+            "format": _FORMAT,
+            "step": self.step,
+            "meta": dict(self.meta),
+            "world_size": self.store._world_size,
+            "files": dict(files),
+        }
+        _flush_tree(folder)
+        write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if final.exists():  # a damaged one of the same step: this run has computed it again
+            os.rename(final, final.with_name(f"tmp-old-{self.step:08d}"))
+        os.rename(folder, final)
+        flush_directory(self.store.directory)
+        shutil.rmtree(final.with_name(f"tmp-old-{self.step:08d}"), ignore_errors=True)
+
+
+def _receipt_name(rank: int) -> str:
+    return f"receipt-{rank:05d}.json"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -211,7 +351,7 @@ def sha256_of(path: Path) -> str:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a file that is whole and on disk, or absent: fsync under another name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -33,6 +33,7 @@ from infra.engine import (
     ParameterGroups,
     StepOrder,
     adamw,
+    are_finite,
     rank,
     require_precision,
     set_learning_rate,
@@ -189,6 +190,17 @@ class DeepSpeedEngine:
                     shape = getattr(parameter, "ds_shape", parameter.shape)
                     gradients[name] = torch.zeros(shape) if found is None else to_portable(found)
         return gradients
+
+    def has_finite_gradient(self) -> bool:
+        self._order.require_gradient("has_finite_gradient")
+        if self._config.zero_stage == 0:
+            return are_finite([p.grad for p in self.module.parameters() if p.grad is not None])
+        optimizer = self._engine.optimizer
+        parts = [*optimizer.averaged_gradients.values()]
+        if self._config.offload_optimizer != "none":
+            name = "fp32_partitioned_groups_flat" if self._config.zero_stage == 3 else _MASTERS
+            parts += [part.grad for part in getattr(optimizer, name)]
+        return are_finite(_tensors(parts))
 
     def step(self, lr: float) -> None:
         self._order.require_gradient("step")

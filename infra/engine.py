@@ -75,6 +75,13 @@ class Engine(Protocol):
         """
         ...
 
+    def has_finite_gradient(self) -> bool:
+        """Whether this rank's share of the gradient holds neither NaN nor infinity; after backward, before `step`.
+
+        Ranks may answer differently; what they agree on is the caller's, who then calls `discard` on all.
+        """
+        ...
+
     def step(self, lr: float) -> None:
         """Average gradients over ranks, clip, update with AdamW at `lr` (times a group's `lr_scale`)."""
         ...
@@ -217,6 +224,10 @@ class PlainEngine:
             if p.requires_grad
         }
 
+    def has_finite_gradient(self) -> bool:
+        self._order.require_gradient("has_finite_gradient")
+        return are_finite([p.grad for p in self._module.parameters() if p.grad is not None])
+
     def step(self, lr: float) -> None:
         self._order.require_gradient("step")
         self._order.reset()
@@ -335,6 +346,13 @@ def require_precision(config: EngineConfig, device: torch.device) -> None:
             f"precision: bf16 needs a GPU of compute capability 8.0 or later (A100, RTX 30); {name} is not one; set "
             "precision: fp32"
         )
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all values are; one number crosses from the device for all of them."""
+    # The sum of squares would overflow where the values do not; their largest is NaN where one of them is.
+    largest = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
+    return not largest or bool(torch.stack([value.float() for value in largest]).isfinite().all())
 
 
 def set_learning_rate(groups: Sequence[dict[str, Any]], lr: float) -> None:

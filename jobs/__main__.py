@@ -139,9 +139,14 @@ def status(
 
 def stop(run_dir: RunArg) -> int:
     """Ask a run to save and leave."""
-    from jobs.status import request_stop
+    from jobs.stop import ask_to_stop
 
-    request_stop(_open(run_dir), _report())
+    run = _open(run_dir)
+    run.recipe()
+    ask_to_stop(run, "user")
+    _report().say(
+        f"asked for: the run saves before its next step and leaves. Go on with: svitt resume {run.path}"
+    )
     return 0
 
 

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -73,18 +73,20 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class StageContext:
-    """What every part of a stage's work on one rank looks at. `generation`: see `Ledger.record_start`."""
+    """What every part of a stage's work on one rank looks at. `generation`: see `Ledger.record_start`; `beat(step,
+    phase)` is the sign of life.
+    """
 
     run: RunDir
     recipe: Recipe
     number: int
-    attempt: int
-    generation: int
     device: torch.device
     ranks: Ranks
     tokenizer: CaptionTokenizer
     ledger: Ledger
-    heartbeat: Heartbeat
+    attempt: int = 0
+    generation: int = 0
+    beat: Callable[[int, str], None] = lambda step, phase: None
     budget: Budget | None = None
     bytes_before: int = 0
 
@@ -117,9 +119,13 @@ def train_worker(config: dict[str, Any]) -> None:
     context = build_context(config)
     if gives_up(context):
         return
-    stacks = context.run.log_file(context.number, context.attempt, context.ranks.rank).with_suffix(".stacks")
+    rank = context.ranks.rank
+    heartbeat = Heartbeat(context.run.heartbeats(context.number) / f"rank-{rank}", context.generation, rank)
+    heartbeat.beat(0, "start")
+    context = replace(context, beat=heartbeat.beat)
+    stacks = context.run.log_file(context.number, context.attempt, rank).with_suffix(".stacks")
     patience_s = context.recipe.cluster.collective_timeout_s / 2
-    with HangWatch(context.heartbeat, stacks, patience_s), telling_the_end(context):
+    with HangWatch(heartbeat, stacks, patience_s), telling_the_end(context):
         run_stage_on_rank(context, config["is_preempted"])
 
 
@@ -131,7 +137,6 @@ def run_stage_on_rank(context: StageContext, is_preempted: Callable[[], bool]) -
         world_size=context.ranks.world_size,
         keep_last=context.recipe.checkpoint.keep_last,
         generation=context.generation,
-        mirror=mirror_of(context),
         protect=partial(best_steps, context),
     )
     context.ranks.barrier()
@@ -228,20 +233,17 @@ def build_context(config: dict[str, Any]) -> StageContext:
     torch.manual_seed(derive_seed(recipe.seed, "initial weights"))
     ranks, ledger = ProcessGroupRanks(device), Ledger(run.ledger_file)
     generation = ranks.gather(record_start(run, ledger, number, attempt) if ranks.rank == 0 else None)[0]
-    heartbeat = Heartbeat(run.heartbeats(number) / f"rank-{ranks.rank}", generation, ranks.rank)
-    heartbeat.beat(0, "start")
     budget, bytes_before = open_budget(device, recipe.cluster.device_memory)
     return StageContext(
         run=run,
         recipe=recipe,
         number=number,
-        attempt=attempt,
-        generation=generation,
         device=device,
         ranks=ranks,
         tokenizer=open_tokenizer(recipe),
         ledger=ledger,
-        heartbeat=heartbeat,
+        attempt=attempt,
+        generation=generation,
         budget=budget,
         bytes_before=bytes_before,
     )
@@ -322,7 +324,7 @@ def train(
         save=saver,
         save_soon=PreemptionNotice(context, is_preempted),
         stop_requested=lambda: context.is_first_rank and context.run.stop_file.exists(),
-        beat=lambda step: context.heartbeat.beat(step, "step"),
+        beat=lambda step: context.beat(step, "step"),
         clock=time.monotonic,
     )
     batches = build_loader(context, store).batches_from(first_step)
@@ -497,7 +499,7 @@ class StageSaver:
     def __call__(self, step: int, is_last: bool) -> None:
         """Collective. Raises CheckpointError when `is_last` and the state could not be saved."""
         context = self._context
-        context.heartbeat.beat(step, "save")
+        context.beat(step, "save")
         began_s = time.monotonic()
         self._attempt(step, lambda: self._checkpoints.wait(context.ranks.any), must_succeed=False)
         self._attempt(step, lambda: self._save(step), must_succeed=is_last)
@@ -549,7 +551,7 @@ class StageSaver:
     def _score(self, step: int) -> None:
         context = self._context
         self._checkpoints.wait(context.ranks.any)
-        context.heartbeat.beat(step, "score")
+        context.beat(step, "score")
         newest = self._checkpoints.newest_good()
         if newest is None or newest.step != step or context.recipe.data.egomcq is None:
             return
