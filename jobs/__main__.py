@@ -182,6 +182,18 @@ def evaluate(
     return rescore(_open(run_dir), stage, _report())
 
 
+def report(
+    run_dir: RunArg,
+    output: Annotated[Path | None, tyro.conf.arg(help="Default: RUN_DIR/report.html.")] = None,
+    pictures: Annotated[bool, tyro.conf.arg(help="With what the model looks at; needs a checkpoint.")] = True,
+) -> int:
+    """Write one page about a run: curriculum, curves, scores, faults, and what the model looks at."""
+    from jobs.report import write_report
+
+    run = _open(run_dir)
+    return write_report(run, output or run.path / "report.html", _report(), pictures)
+
+
 def plan(
     recipe: RecipeArg,
     workspace: Workspace = Path(),
@@ -391,6 +403,7 @@ VERBS = {
         pretrain,
         control,
         evaluate,
+        report,
         plan,
         bench,
     )
