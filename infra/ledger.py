@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -183,28 +183,6 @@ class Ledger:
             content = file.read()
             if content and not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
-
-
-@contextlib.contextmanager
-def sole_controller(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for one controlling process, until it dies; a second one gets LedgerError."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "controller.lock"
-    lock = FileLock(str(path))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = path.with_suffix(".pid")
-        who = f" by process {holder.read_text().strip()}" if holder.is_file() else ""
-        raise LedgerError(
-            f"{run_dir} is being driven{who} already; wait for it, stop it, or choose another run directory"
-        ) from None
-    try:
-        path.with_suffix(".pid").write_text(f"{os.getpid()}\n")
-        yield
-    finally:
-        path.with_suffix(".pid").unlink(missing_ok=True)
-        lock.release()
 
 
 def _apply(state: RunState, event: dict[str, Any]) -> RunState:

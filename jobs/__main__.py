@@ -34,6 +34,11 @@ Overrides = Annotated[
         name="set", metavar="KEY=VALUE", help="Overrides one value of the recipe; may be repeated."
     ),
 ]
+AllowDrift = Annotated[
+    bool,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.arg(help="Takes over changes of the recipe that make it another run."),
+]
 Address = Annotated[
     str | None,
     tyro.conf.arg(help="A running Ray cluster: auto or http://HOST:8265. Without it a local Ray is used."),
@@ -105,23 +110,37 @@ def submit(
     run_dir: Annotated[Path | None, tyro.conf.arg(help="Default: <workspace>/runs/<recipe name>.")] = None,
     set_: Overrides = (),
     address: Address = None,
+    allow_drift: AllowDrift = False,
+    fresh: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Puts what the run directory holds aside and starts from zero."),
+    ] = False,
 ) -> int:
     """Train the stages of a recipe as chained Ray jobs. Submitting twice continues, it does not train twice."""
-    from jobs.submit import open_run, require_shards
+    from jobs.submit import open_run, put_aside, require_shards
     from jobs.submit import submit as run
 
-    resolved = _resolve(recipe, workspace, set_)
+    resolved, report = _resolve(recipe, workspace, set_), _report()
     require_shards(resolved)
-    return run(open_run(resolved, _run_dir(resolved, run_dir)), address, _report())
+    folder = _run_dir(resolved, run_dir)
+    if fresh:
+        put_aside(folder, report.say)
+    return run(open_run(resolved, folder, allow_drift, report.say), address, report)
 
 
-def resume(run_dir: RunArg, address: Address = None) -> int:
+def resume(
+    run_dir: RunArg, set_: Overrides = (), address: Address = None, allow_drift: AllowDrift = False
+) -> int:
     """Continue a run from its last committed checkpoint, with the recipe it was started with."""
-    from jobs.submit import require_shards
+    from jobs.submit import require_shards, take_over
     from jobs.submit import submit as run
 
-    require_shards(_open(run_dir).recipe())
-    return run(_open(run_dir), address, _report())
+    found, report = _open(run_dir), _report()
+    require_shards(found.recipe())
+    if set_:
+        take_over(load_recipe(str(found.recipe_file), set_), found, allow_drift, report.say)
+    return run(found, address, report)
 
 
 def status(

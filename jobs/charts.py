@@ -5,6 +5,7 @@ they read in light and dark and on paper.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -15,7 +16,7 @@ from matplotlib import pyplot
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 # Drawn in this colour and replaced by that of the page's text: no line of ours has it.
 _TEXT_COLOUR = "#010203"
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from infra.ledger import Ledger, sole_controller
+from infra.lease import Lease
+from infra.ledger import Ledger
 from infra.ray_cluster import open_cluster
 from infra.ray_jobs import ClusterError, Jobs
 from jobs.run_dir import RunDir
@@ -30,7 +31,7 @@ def run_controller(run_dir: Path, address: str) -> int:
     recipe = run.recipe()
     ledger = Ledger(run.ledger_file)
     with ExitStack() as stack:
-        stack.enter_context(sole_controller(run.path))
+        stack.enter_context(Lease(run.controller_lease))
         cluster = stack.enter_context(open_cluster(address))
         # A stop of this job is a stop of the run: the stage saves and leaves, then this one does. After Ray has
         # started, which takes SIGTERM for itself.

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from infra.lease import Lease
 from infra.ray_cluster import open_cluster
 from jobs.data import clips, prepare, synth
 from jobs.progress import ProgressReport
@@ -20,11 +21,11 @@ def run_demo(recipe: Recipe, run_dir: Path, report: ProgressReport) -> int:
     synth(recipe, report)
     report.say(f"[2/4] narrations to clips in {workspace / 'annotations'}")
     clips(recipe, report)
-    with open_cluster(None, recipe.cluster.num_cpus) as cluster:
+    run = open_run(recipe, run_dir)
+    with Lease(run.driver_lease), open_cluster(None, recipe.cluster.num_cpus) as cluster:
         report.say(f"[3/4] videos to shards in {recipe.data.shards}")
         prepare(recipe, report, cluster)
         report.say(f"[4/4] training {len(recipe.stages)} stages in {run_dir}")
-        run = open_run(recipe, run_dir)
         code = drive(cluster, run, report)
     show_status(run, report)
     minutes, seconds = divmod(round(time.monotonic() - began_s), 60)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from infra.journal import Record, valid_records
 from infra.ledger import Ledger, StageState
-from infra.ray_jobs import Jobs, JobState
+from infra.ray_jobs import JobState
 from jobs.progress import ProgressReport, ProgressTask
 from jobs.run_dir import RunDir
 from jobs.summary import describe_scores, describe_stage, planned_steps
@@ -14,9 +14,12 @@ POLL_S = 1.0
 
 
 def follow_run(
-    jobs: Jobs, job_id: str, run: RunDir, report: ProgressReport, sleep: Callable[[float], None] = time.sleep
+    look: Callable[[], JobState],
+    run: RunDir,
+    report: ProgressReport,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Reports on one stage after the other until the controller job ends. Returns the controller's exit code."""
+    """Reports on one stage after the other until what drives the run ends, as `look` says. Returns its exit code."""
     recipe, ledger = run.recipe(), Ledger(run.ledger_file)
     for number, stage in enumerate(recipe.stages, start=1):
         state = ledger.read().stage(number)
@@ -30,19 +33,20 @@ def follow_run(
         if "step" in state.facts:
             report.say(f"{title}: continues from its checkpoint of step {state.facts['step']}")
         with report.task(title, planned_steps(recipe, stage, state.facts) or 0) as task:
-            job = _follow_stage(jobs, job_id, run, ledger, number, task, sleep)
+            job = _follow_stage(look, run, ledger, number, task, sleep)
         state = ledger.read().stage(number)
         if state.status != "done":
             if not job.was_killed:
                 _explain(job, run, number, state, report)
             return job.shell_code or 1
         report.say(f"{title}: done. {describe_scores(state.facts.get('scores', {}))}")
-    return jobs.wait(job_id, POLL_S).shell_code
+    while not (job := look()).is_finished:
+        sleep(POLL_S)
+    return job.shell_code
 
 
 def _follow_stage(
-    jobs: Jobs,
-    job_id: str,
+    look: Callable[[], JobState],
     run: RunDir,
     ledger: Ledger,
     number: int,
@@ -52,7 +56,7 @@ def _follow_stage(
     # What stands there from before an interruption is not progress: the stage goes on from its checkpoint.
     before = latest(run, number, "train/loss") if ledger.read().stage(number).status == "running" else None
     while True:
-        job = jobs.status(job_id)
+        job = look()
         state = ledger.read().stage(number)
         step = latest(run, number, "train/loss")
         if step is not None and step != before:

@@ -24,6 +24,7 @@ from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import EndKind, FencedError, Ledger, StageStatus
 from infra.memory_budget import Budget
 from infra.runtime import peak_rss_bytes
+from jobs.drift import require_history
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
 from jobs.heartbeat import HangWatch, Heartbeat, last_step
 from jobs.left_out import LeftOutSteps
@@ -440,6 +441,7 @@ def build_or_restore(context: StageContext, checkpoints: CheckpointStore) -> tup
         model.offload_within(context.budget.on_host)
     start = checkpoints.newest_good()
     if start is None:
+        require_history(context.ledger.read(), context.number, context.run)
         inherit_weights(context, model)
     engine = build_engine(
         model,

@@ -28,6 +28,16 @@ class RunDir:
         return self.path / "stop-requested"
 
     @property
+    def driver_lease(self) -> Path:
+        """Held by the command that drives the run on a cluster of its own."""
+        return self.path / "driver.lease"
+
+    @property
+    def controller_lease(self) -> Path:
+        """Held by the controller job."""
+        return self.path / "controller.lease"
+
+    @property
     def run_id(self) -> str:
         """Names the run in job ids: the same folder always gives the same id."""
         return f"{self.path.name}-{hashlib.sha256(str(self.path).encode()).hexdigest()[:8]}"

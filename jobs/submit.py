@@ -1,27 +1,44 @@
 """`submit` and `resume`: start the controller job of a run, or attach to it, and follow it."""
 
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.checkpoint import write_durably
-from infra.config_io import ConfigError, dump_yaml, load_config
+from infra.config_io import ConfigError, dump_yaml
+from infra.lease import Lease, LeaseHeldError
 from infra.ledger import Ledger
-from infra.ray_cluster import Cluster, open_cluster
+from infra.ray_jobs import JobState
+from jobs.drift import find_drift, record_drift, require_allowed
 from jobs.follow import follow_run
+from jobs.goodput import goodput
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
+from jobs.stop import ask_to_stop, leaving_on_signals
 from pipeline.manifest import read_manifest, require_tags, require_whole
 from pipeline.storage import storage_path
 
+if TYPE_CHECKING:  # those who only follow a run need no Ray
+    from infra.ray_cluster import Cluster
+
+Say = Callable[[str], None]
+# Exit code, inside of this module, of following a run whose driver died.
+TAKEN_OVER = 75
 # Controllers started by one command when they are killed one after the other.
 MAX_CONTROLLERS = 4
 
 
-def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
+def open_run(
+    recipe: Recipe, run_dir: Path, allow_drift: bool = False, say: Say = lambda line: None
+) -> RunDir:
     """The run directory of a resolved recipe, created at the first submission.
 
-    Raises ConfigError when the directory belongs to a run of another recipe: what differs is named.
+    What differs from the recipe that the run has is told, kept in the ledger, and taken over. Raises ConfigError naming
+    what may not differ.
     """
     if not recipe.stages:
         raise ConfigError(recipe.name, ["stages is empty: a run needs at least one stage"])
@@ -30,16 +47,36 @@ def open_run(recipe: Recipe, run_dir: Path) -> RunDir:
     if not run.recipe_file.exists():
         write_durably(run.recipe_file, dump_yaml(recipe))
         return run
-    differences = recipe_differences(load_config(Recipe, run.recipe_file), recipe)
-    if differences:
-        raise ConfigError(
-            str(run.path),
-            [
-                *differences,
-                "the run was started with another recipe; continue it with svitt resume, or choose another --run-dir",
-            ],
-        )
+    take_over(recipe, run, allow_drift, say)
     return run
+
+
+def take_over(recipe: Recipe, run: RunDir, allow_drift: bool, say: Say) -> None:
+    """Makes a changed recipe that of a run. Raises ConfigError naming what may not differ."""
+    ledger = Ledger(run.ledger_file)
+    found = find_drift(run.recipe(), recipe, ledger.read())
+    if not found:
+        return
+    require_allowed(found, run, allow_drift)
+    for drift in found:
+        if drift.kind != "free":
+            say(f"changed, {drift}")
+    record_drift(found, ledger)
+    number = len(list(run.path.glob("recipe-*.yaml"))) + 1
+    write_durably(run.path / f"recipe-{number}.yaml", run.recipe_file.read_text())
+    write_durably(run.recipe_file, dump_yaml(recipe))
+
+
+def put_aside(run_dir: Path, say: Say) -> None:
+    """Moves a run directory out of the way of a fresh start. Raises LeaseHeldError while the run is driven."""
+    run = RunDir(run_dir.resolve())
+    if not run.path.exists():
+        return
+    with Lease(run.driver_lease), Lease(run.controller_lease):
+        number = len(list(run.path.parent.glob(f"{run.path.name}.old-*"))) + 1
+        aside = run.path.with_name(f"{run.path.name}.old-{number}")
+    os.rename(run.path, aside)
+    say(f"the run of before is kept in {aside}")
 
 
 def require_shards(recipe: Recipe) -> None:
@@ -54,53 +91,37 @@ def require_shards(recipe: Recipe) -> None:
             require_tags(manifest)
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line per value that differs, by its dotted key."""
-
-    def flat(tree: object, prefix: str = "") -> dict[str, object]:
-        if isinstance(tree, dict):
-            items = [(str(key), value) for key, value in tree.items()]
-        elif isinstance(tree, list):
-            items = [(str(index), value) for index, value in enumerate(tree)]
-        else:
-            return {prefix: tree}
-        return {
-            key: value
-            for name, part in items
-            for key, value in flat(part, f"{prefix}.{name}" if prefix else name).items()
-        }
-
-    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
-    missing = object()
-    keys = sorted(before.keys() | after.keys())
-    return [
-        f"{key}: the run has {before.get(key, 'nothing')}, the recipe now says {after.get(key, 'nothing')}"
-        for key in keys
-        if before.get(key, missing) != after.get(key, missing)
-    ]
-
-
-def drive(cluster: Cluster, run: RunDir, report: ProgressReport, is_detached: bool = False) -> int:
+def drive(cluster: "Cluster", run: RunDir, report: ProgressReport, is_detached: bool = False) -> int:
     """Starts the run's controller on the cluster, or attaches to the one at work, and follows it to the end.
 
-    Returns the controller's exit code: 0 all stages done, 3 stopped, 1 failed. Detached: returns 0 at once.
+    The first Ctrl-C or SIGTERM asks the run to save and leave, the second leaves at once. Returns the controller's exit
+    code: 0 all stages done, 3 stopped, 1 failed. Detached: returns 0 at once.
     """
     run.stop_file.unlink(missing_ok=True)
     job_id = start_controller(cluster, run)
     if is_detached:
         report.say(f"submitted as job {job_id}; follow with: svitt status {run.path}")
         return 0
+
+    def stop(signal_name: str) -> None:
+        ask_to_stop(run, "signal")
+        report.say(f"{signal_name}: the run saves before its next step and leaves; once more leaves at once")
+
     code = 1
-    for _ in range(MAX_CONTROLLERS):
-        code = follow_run(cluster.jobs, job_id, run, report)
-        if not cluster.jobs.status(job_id).was_killed:
-            break
-        report.say(f"the controller job {job_id} was killed; the next one takes the run up from its ledger")
-        job_id = start_controller(cluster, run)
+    with leaving_on_signals(stop):
+        for _ in range(MAX_CONTROLLERS):
+            code = follow_run(partial(cluster.jobs.status, job_id), run, report)
+            if not cluster.jobs.status(job_id).was_killed:
+                break
+            report.say(
+                f"the controller job {job_id} was killed; the next one takes the run up from its ledger"
+            )
+            job_id = start_controller(cluster, run)
+    report.say(goodput(run).line())
     return code
 
 
-def start_controller(cluster: Cluster, run: RunDir) -> str:
+def start_controller(cluster: "Cluster", run: RunDir) -> str:
     """Submission id of the run's controller. Two callers at once get the same one: the id is the lock."""
     ledger = Ledger(run.ledger_file)
     number = int(ledger.read().facts.get("controllers", 0))
@@ -122,8 +143,50 @@ def controller_id(run: RunDir, number: int) -> str:
 
 
 def submit(run: RunDir, address: str | None, report: ProgressReport) -> int:
-    """Trains the stages of a run: on a local Ray until they are done, or detached on a cluster at `address`."""
+    """Trains the stages of a run: on a local Ray until they are done, or detached on a cluster at `address`.
+
+    Where another command drives the run on its own Ray already, this one follows it, and takes over when that one dies.
+    """
     recipe = run.recipe()
     address = address or recipe.cluster.address
-    with open_cluster(address, recipe.cluster.num_cpus) as cluster:
-        return drive(cluster, run, report, is_detached=not cluster.is_owned)
+    if address is not None:
+        from infra.ray_cluster import open_cluster
+
+        with open_cluster(address, recipe.cluster.num_cpus) as cluster:
+            return drive(cluster, run, report, is_detached=not cluster.is_owned)
+    lease = Lease(run.driver_lease)
+    try:
+        lease.acquire()
+    except LeaseHeldError as error:
+        report.say(f"{error}. Following it here")
+        code = follow_run(partial(look_from_beside, run, lease), run, report)
+        if code != TAKEN_OVER:
+            return code
+        report.say("what drove the run has died; it is taken over here")
+    try:
+        from infra.ray_cluster import open_cluster
+
+        with open_cluster(None, recipe.cluster.num_cpus) as cluster:
+            return drive(cluster, run, report)
+    finally:
+        lease.release()
+
+
+def look_from_beside(run: RunDir, lease: Lease) -> JobState:
+    """How a run fares that another command drives. Once that one has ended the lease is taken; it is given back where
+    there is nothing left to do.
+    """
+    try:
+        lease.acquire()
+    except LeaseHeldError:
+        return JobState(run.run_id, "RUNNING", "", None)
+    state = Ledger(run.ledger_file).read()
+    stages = [state.stage(number).status for number in range(1, len(run.recipe().stages) + 1)]
+    for status, code in (("failed", 1), ("stopped", 3)):
+        if status in stages:
+            lease.release()
+            return JobState(run.run_id, "FAILED", status, code)
+    if all(status == "done" for status in stages):
+        lease.release()
+        return JobState(run.run_id, "SUCCEEDED", "", 0)
+    return JobState(run.run_id, "FAILED", "it died", TAKEN_OVER)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.ledger import FencedError, Ledger, LedgerError, RunState, sole_controller
+from infra.ledger import FencedError, Ledger, LedgerError, RunState
 
 
 def test_replaying_the_lines_gives_the_state(tmp_path: Path) -> None:
@@ -108,10 +108,3 @@ def test_events_of_two_processes_are_all_kept(tmp_path: Path) -> None:
         child.join()
     state = Ledger(path).read()
     assert (state.num_events, state.stage(0).attempts, state.stage(1).attempts) == (40, 20, 20)
-
-
-def test_a_second_controller_is_refused_and_a_later_one_accepted(tmp_path: Path) -> None:
-    with sole_controller(tmp_path), pytest.raises(LedgerError, match="by process"), sole_controller(tmp_path):
-        pass
-    with sole_controller(tmp_path):
-        pass

@@ -1,6 +1,7 @@
 """Who submits what and when: stages by the controller, the controller by `submit`."""
 
 import io
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from small_runs import small_run
 
 from infra.config_io import ConfigError
+from infra.lease import Lease, LeaseHeldError
 from infra.ledger import Ledger
 from infra.ray_cluster import Cluster
 from infra.ray_jobs import Jobs, JobState
@@ -20,7 +22,7 @@ from jobs.controller import Outcome, run_stage_jobs
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, resolve_paths
 from jobs.run_dir import RunDir
-from jobs.submit import controller_id, drive, open_run, start_controller
+from jobs.submit import controller_id, drive, open_run, put_aside, start_controller
 
 
 @pytest.fixture
@@ -238,23 +240,56 @@ def test_another_recipe_in_the_same_run_directory_is_refused_naming_what_differs
     recipe: Recipe, tmp_path: Path
 ) -> None:
     open_run(recipe, tmp_path / "run")
-    first = recipe.stages[0].model_copy(update={"learning_rate": 0.5})
-    other = recipe.model_copy(update={"seed": 7, "stages": (first, *recipe.stages[1:])})
+    other = recipe.model_copy(update={"seed": 7, "log_every_steps": 3})
     with pytest.raises(ConfigError) as caught:
         open_run(other, tmp_path / "run")
-    old_rate = recipe.stages[0].learning_rate
-    assert caught.value.problems[:2] == [
-        "seed: the run has 0, the recipe now says 7",
-        f"stages.0.learning_rate: the run has {old_rate}, the recipe now says 0.5",
-    ]
-    assert "svitt resume" in caught.value.problems[2]
+    assert caught.value.problems[0] == "seed: the run has 0, the recipe now says 7"
+    assert "--allow-drift" in caught.value.problems[1]
     assert RunDir(tmp_path / "run").recipe() == recipe
 
 
-def test_one_stage_more_is_another_recipe(recipe: Recipe, tmp_path: Path) -> None:
-    open_run(recipe.model_copy(update={"stages": recipe.stages[:1]}), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"stages\.1\.name: the run has nothing, the recipe now says"):
-        open_run(recipe, tmp_path / "run")
+def test_a_change_that_is_allowed_is_told_kept_and_taken_over(recipe: Recipe, tmp_path: Path) -> None:
+    run, said = open_run(recipe, tmp_path / "run"), []
+    Ledger(run.ledger_file).record_start(1, 1)
+    first = recipe.stages[0].model_copy(update={"learning_rate": 0.5})
+    other = recipe.model_copy(update={"log_every_steps": 3, "stages": (first, *recipe.stages[1:])})
+    open_run(other, run.path, say=said.append)
+    rate = recipe.stages[0].learning_rate
+    assert said == [f"changed, stages.0.learning_rate: the run has {rate}, the recipe now says 0.5"]
+    assert run.recipe() == other
+    assert load_recipe(str(run.path / "recipe-1.yaml")) == recipe
+    assert Ledger(run.ledger_file).read().facts["drift"] == [
+        {"key": "log_every_steps", "old": "10", "new": "3", "class": "free"},
+        {"key": "stages.0.learning_rate", "old": str(rate), "new": "0.5", "class": "warned"},
+    ]
+
+
+def test_what_is_refused_can_be_allowed(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    open_run(recipe.model_copy(update={"seed": 7}), run.path, allow_drift=True)
+    assert run.recipe().seed == 7
+    assert Ledger(run.ledger_file).read().facts["drift"][0]["class"] == "refused"
+
+
+def test_a_fresh_start_keeps_what_was_there(recipe: Recipe, tmp_path: Path) -> None:
+    for number in (1, 2):
+        run = open_run(recipe, tmp_path / "run")
+        Ledger(run.ledger_file).record_stage(1, "done")
+        put_aside(run.path, say=lambda line: None)
+        assert not run.path.exists()
+        assert Ledger(tmp_path / f"run.old-{number}" / "ledger.jsonl").read().stage(1).status == "done"
+    put_aside(run.path, say=lambda line: None)
+
+
+def test_a_run_at_work_is_not_put_aside(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    with (
+        multiprocessing.get_context("fork").Pool(1) as pool,
+        Lease(run.driver_lease),
+        pytest.raises(LeaseHeldError),
+    ):
+        pool.apply(put_aside, (run.path, print))
+    assert run.recipe_file.exists()
 
 
 def test_a_recipe_without_stages_is_no_run(recipe: Recipe, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from mlflow.tracking import MlflowClient
 from infra.journal import Record, read_journal
 from infra.ledger import Ledger, RunState
 from infra.mlflow_tracker import sqlite_uri
+from jobs.drift import find_drift
 from jobs.follow import latest
 from jobs.recipe import load_recipe, resolve_paths
 from jobs.run_dir import RunDir
-from jobs.submit import recipe_differences
 from jobs.tracking import fact_name
 from pipeline.manifest import read_manifest
 from pipeline.questions import read_questions
@@ -289,10 +289,8 @@ def test_tar_reads_the_shards_and_their_counts_agree_with_the_manifest(story: St
 
 
 def test_the_run_directory_holds_the_recipe_it_was_started_with(story: Story) -> None:
-    assert (
-        recipe_differences(story.run.recipe(), resolve_paths(load_recipe("demo", OVERRIDES), story.workspace))
-        == []
-    )
+    given = resolve_paths(load_recipe("demo", OVERRIDES), story.workspace)
+    assert find_drift(story.run.recipe(), given, story.ended) == []
 
 
 def test_the_summary_shows_the_stages_and_where_to_look(story: Story) -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 from fake_jobs import FakeJobs, state
 from small_runs import SCORES, finish_stage, report_training, small_run
 
 from infra.ledger import Ledger
-from infra.ray_jobs import Jobs
 from jobs.follow import follow_run, latest
 from jobs.progress import ProgressReport
 from jobs.run_dir import RunDir
@@ -38,7 +36,7 @@ class Script:
 
 def follow(run: RunDir, jobs: FakeJobs, report: ProgressReport, script: Script) -> int:
     report.clock, report.interval_s = lambda: script.now_s, 0.5
-    return follow_run(cast(Jobs, jobs), JOB, run, report, script.sleep)
+    return follow_run(lambda: jobs.status(JOB), run, report, script.sleep)
 
 
 def running() -> FakeJobs:

@@ -1,16 +1,16 @@
 """`status`, `stop` and `logs` of a run, from its folder alone."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from small_runs import finish_stage, small_run
+from small_runs import finish_stage, report_training, small_run
 
-from infra.config_io import ConfigError
 from infra.ledger import Ledger
+from jobs.heartbeat import Heartbeat
 from jobs.progress import ProgressReport
-from jobs.run_dir import RunDir
-from jobs.status import request_stop, show_logs, show_status
+from jobs.status import run_status, show_logs, show_status
+from jobs.stop import ask_to_stop
 
 Report = tuple[ProgressReport, Callable[[], list[str]]]
 
@@ -44,22 +44,53 @@ def test_a_run_without_mlflow_does_not_speak_of_it(tmp_path: Path, report_lines:
     assert not any("MLflow" in line for line in lines())
 
 
-def test_a_stop_leaves_a_file_says_how_to_go_on_and_shows_in_the_status(
+def test_a_stop_that_was_asked_for_shows_in_the_status(tmp_path: Path, report_lines: Report) -> None:
+    report, lines = report_lines
+    run = small_run(tmp_path)
+    ask_to_stop(run, "user")
+    show_status(run, report)
+    assert "a stop was asked for (user)" in lines()
+
+
+def test_a_running_stage_shows_its_step_time_left_faults_and_budget(
     tmp_path: Path, report_lines: Report
 ) -> None:
     report, lines = report_lines
     run = small_run(tmp_path)
-    request_stop(run, report)
-    assert run.stop_file.exists()
-    assert lines()[0].endswith(f"svitt resume {run.path}")
+    ledger = Ledger(run.ledger_file)
+    ledger.record_attempt(1, "job")
+    ledger.record_start(1, 1)
+    generation = ledger.record_start(1, 1, died_at=6)
+    heart = Heartbeat(run.heartbeats(1) / "rank-0", generation, 0)
+    heart.beat(12, "step")
+    heart.close()
+    report_training(run, 1, {10: 5.0})
+    # 28 steps of 500 ms are left.
+    assert run_status(run).stages[0].eta_s == 14.0
     show_status(run, report)
-    assert "a stop was asked for" in lines()
+    said = lines()
+    assert "stage 1 (short): step 12 of 40, about 14 s left" in said
+    assert "faults survived: 1 crashes" in said
+    assert "budget left: 2 crashes, 1000 preemptions, 2 rollbacks" in said
 
 
-def test_a_stop_of_no_run_is_refused_and_leaves_nothing(tmp_path: Path, report_lines: Report) -> None:
-    with pytest.raises(ConfigError, match="no run directory"):
-        request_stop(RunDir(tmp_path), report_lines[0])
-    assert list(tmp_path.iterdir()) == []
+def test_a_failed_stage_says_why(tmp_path: Path, report_lines: Report) -> None:
+    report, lines = report_lines
+    run = small_run(tmp_path)
+    Ledger(run.ledger_file).record_stage(1, "failed", reason="2 crashes in a row at step 7")
+    show_status(run, report)
+    assert "stage 1 (short) failed: 2 crashes in a row at step 7" in lines()
+
+
+def test_all_of_it_can_be_read_by_a_program(tmp_path: Path, report_lines: Report) -> None:
+    report, lines = report_lines
+    run = small_run(tmp_path)
+    finish_stage(run, 1, 40)
+    show_status(run, report, as_json=True)
+    found = json.loads("\n".join(lines()))
+    assert [stage["status"] for stage in found["stages"]] == ["done", "pending"]
+    assert found["stages"][0]["scores"]["eval/egomcq/intra_video_acc"] == 48.0
+    assert found["goodput_share"] == 0.0
 
 
 def test_logs_shows_the_last_lines_of_every_log(tmp_path: Path, report_lines: Report) -> None:
