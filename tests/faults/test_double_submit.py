@@ -26,8 +26,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 def drive(cluster: object, run: RunDir, report: ProgressReport, is_detached: bool = False) -> int:
-    """Stands for the controller: notes that it trains, and finishes the stages that are not; the first one dies where it
-    is told to.
+    """Stands for the controller: notes that it trains, and finishes the stages that are not done; the first one dies
+    where it is told to.
     """
     ledger = Ledger(run.ledger_file)
     missing = [number for number in (1, 2) if ledger.read().stage(number).status != "done"]
