@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -61,6 +65,7 @@ class Jobs:
     """The jobs of one cluster, addressed by its dashboard URL (http://host:port)."""
 
     def __init__(self, url: str) -> None:
+        require_guarded(url)
         self.url = url
         # Ray lets these two variables win over an explicit address; an owned cluster must not be overruled.
         with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
@@ -186,6 +191,45 @@ class Jobs:
         finally:
             loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
             loop.close()
+
+
+def require_guarded(url: str) -> None:
+    """Raise ClusterError for an address that would give the cluster, or a password, away: what takes jobs without a
+    token runs anybody's.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ClusterError(
+            f"the address of the Ray cluster at {parts.hostname} holds a user name or password, which Ray does not use "
+            "and logs would keep; leave it out and put the cluster's token into RAY_AUTH_TOKEN"
+        )
+    if is_loopback(parts.hostname or "") or has_token(os.environ):
+        return
+    raise ClusterError(
+        f"the Ray cluster at {url} is on another host and there is no token for it here, so either it refuses this "
+        "command or it runs anybody's. Start it with RAY_AUTH_MODE=token, and put its token into RAY_AUTH_TOKEN, or "
+        "into a file named by RAY_AUTH_TOKEN_PATH"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine, and no other can answer for it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def has_token(environ: Mapping[str, str]) -> bool:
+    """Whether Ray would find a token, where it looks for one, and is told to send it."""
+    if environ.get("RAY_AUTH_MODE") != "token":
+        return False
+    if environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _one_line(error: BaseException) -> str:
