@@ -1,16 +1,19 @@
-"""DeepSpeed ZeRO 0-3 behind the Engine protocol. The only module that imports deepspeed.
+"""DeepSpeed ZeRO 0-3 behind the Engine protocol. With `universal_checkpoint` the only module that imports deepspeed.
 
-Its configuration dict is generated here from EngineConfig, so no number is written twice. Left out: resuming
-at another world size (DeepSpeed's universal format).
+Its configuration dict is generated here from EngineConfig, so no number is written twice. Resuming at another
+world size goes through `infra.universal_checkpoint`.
 """
 
 import contextlib
 import importlib
 import logging
+import math
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,19 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
-from infra import native_ops
+from infra import native_ops, universal_checkpoint
 from infra.config import EngineConfig
 from infra.engine import (
     EngineError,
     ParameterGroups,
     StepOrder,
     adamw,
-    are_finite,
+    all_finite,
+    not_finite,
     rank,
     require_precision,
     set_learning_rate,
@@ -53,8 +55,8 @@ _HOST_BUFFERS = (
     "temp_grad_buffer_for_cpu_offload",
     "param_buffer_of_bit16_for_cpu_offload_groups",
 )
-# What DeepSpeed's own checkpoints hold besides tensors and plain values.
-_SAFE_TYPES = [ZeroStageEnum, fragment_address, LossScaler]
+# Rank 0 may take long over a conversion; when it dies, the connection tells the others at once.
+_CONVERSION_TIMEOUT = timedelta(hours=6)
 
 
 class DeepSpeedEngine:
@@ -89,7 +91,9 @@ class DeepSpeedEngine:
                 config=deepspeed_dict(config, micro_batch_size, on_gpu=self._device.type == "cuda"),
                 dist_init_required=False,
             )
-        engine.checkpoint_engine = _SafeCheckpointEngine()
+        self._files = engine.checkpoint_engine = _CheckpointFiles()
+        # It would copy a conversion script into every checkpoint, where code has no place.
+        engine._copy_recovery_script = lambda path: None
         self._engine: Any = engine
         self._order = StepOrder()
         self._grad_norm: float | None = None
@@ -157,7 +161,17 @@ class DeepSpeedEngine:
     def discard(self) -> None:
         self._engine.zero_grad()
         if self._config.zero_stage > 0:
+            optimizer = self._engine.optimizer
+            optimizer.zero_grad(set_to_none=True)
+            # Norms and the flags of an overflow, which DeepSpeed notes as gradients arrive.
+            optimizer.reset_cpu_buffers()
             self._forget_gradients()
+            if self._config.zero_stage == 3:
+                optimizer.inf_or_nan_tracker.zero_()
+            else:
+                optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+                optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+                optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         self._order.reset()
 
     @property
@@ -193,22 +207,33 @@ class DeepSpeedEngine:
 
     def has_finite_gradient(self) -> bool:
         self._order.require_gradient("has_finite_gradient")
-        if self._config.zero_stage == 0:
-            return are_finite([p.grad for p in self.module.parameters() if p.grad is not None])
+        return all_finite(self._gradient_share())
+
+    def _gradient_share(self) -> list[Tensor]:
+        """What this rank will update its part of the parameters with, averaged; views where there are some."""
         optimizer = self._engine.optimizer
-        parts = [*optimizer.averaged_gradients.values()]
+        if self._config.zero_stage == 0:
+            return [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self._config.zero_stage == 3:
+            return [optimizer.grad_partitions_flat_buffer]
         if self._config.offload_optimizer != "none":
-            name = "fp32_partitioned_groups_flat" if self._config.zero_stage == 3 else _MASTERS
-            parts += [part.grad for part in getattr(optimizer, name)]
-        return are_finite(_tensors(parts))
+            optimizer._wait_for_offload_copies()
+            return [part.grad for part in getattr(optimizer, _MASTERS) if part.grad is not None]
+        return _tensors(list(optimizer.averaged_gradients.values()))
 
     def step(self, lr: float) -> None:
         self._order.require_gradient("step")
         self._order.reset()
         set_learning_rate(self._engine.optimizer.param_groups, lr)
         own_norm = self._plain_norm() if self._engine.get_global_grad_norm() is None else None
-        with _quiet():
-            self._engine.step()
+        is_applied = own_norm is None or math.isfinite(own_norm)
+        if is_applied:
+            with _quiet():
+                self._engine.step()
+            is_applied = self._engine.was_step_applied()
+        if not is_applied:  # DeepSpeed passes over the update and says nothing
+            self.discard()
+            raise not_finite()
         norm = self._engine.get_global_grad_norm()
         self._grad_norm = own_norm if norm is None else float(norm)
 
@@ -229,20 +254,33 @@ class DeepSpeedEngine:
         return found
 
     def save(self, directory: Path) -> None:
+        self._files.failure = None
         with _quiet():
-            self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-        if rank() == 0:  # DeepSpeed adds a conversion script; code has no place in a checkpoint
-            for script in directory.glob("*.py"):
-                script.unlink()
+            try:
+                self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+            except OSError as error:  # of copying NVMe files; the other ranks are at what follows it
+                self._files.failure = error
+                self._engine.optimizer.checkpoint_event_epilogue()
+                dist.barrier()
+        if self._files.failure is not None:
+            raise EngineError(
+                f"writing the DeepSpeed state of rank {rank()} to {directory} failed: {self._files.failure}; what lies "
+                "there is incomplete: free some space and save again"
+            ) from self._files.failure
 
     def load(self, directory: Path) -> None:
-        if not (directory / _TAG).is_dir():
+        folder = directory / _TAG
+        if not folder.is_dir():
             raise EngineError(
                 f"{directory} holds no '{_TAG}' folder: it was not written by backend: deepspeed"
             )
+        num_writers = universal_checkpoint.num_writers(folder)
+        is_same_size = self._config.zero_stage == 0 or num_writers in (0, dist.get_world_size())
         try:
-            with _quiet():
-                path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+            with _quiet(), universal_checkpoint.data_only():
+                self._read(directory) if is_same_size else self._read_resized(directory, num_writers)
+        except EngineError:
+            raise
         except (
             Exception
         ) as error:  # DeepSpeed raises bare AssertionError, ZeRORuntimeException, KeyError, ...
@@ -250,9 +288,62 @@ class DeepSpeedEngine:
                 f"loading the DeepSpeed state in {directory} at world size {dist.get_world_size()} and ZeRO "
                 f"stage {self._config.zero_stage} failed: {type(error).__name__}: {error}"
             ) from error
+        self._order.reset()
+
+    def _read(self, directory: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise EngineError(f"DeepSpeed found nothing to load in {directory / _TAG}")
-        self._order.reset()
+
+    def _read_resized(self, directory: Path, num_writers: int) -> None:
+        """Load what `num_writers` ranks wrote, through a folder beside `directory` that all ranks can read."""
+        self._require_resizable(directory, num_writers)
+        scratch = directory.parent / f"tmp-universal-{directory.name}"
+        self._convert(directory, scratch, num_writers)
+        settings, optimizer = self._engine._config, self._engine.optimizer.optimizer
+        own_values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        settings.load_universal_checkpoint = True
+        try:
+            self._read(scratch)
+        finally:
+            settings.load_universal_checkpoint = False
+        universal_checkpoint.restore_the_rest(directory / _TAG, self.module, optimizer, own_values)
+        dist.barrier()  # all have read it
+        if rank() == 0:  # what cannot be removed goes with the other leftovers when a store is opened
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _require_resizable(self, directory: Path, num_writers: int) -> None:
+        config = self._config
+        for problem, setting in (
+            (config.optimizer == "adamw_8bit", "optimizer: adamw_8bit"),
+            ("nvme" in (config.offload_optimizer, config.offload_parameters), "offload to nvme"),
+        ):
+            if problem:
+                raise EngineError(
+                    f"{directory} was written by {num_writers} ranks and there are {dist.get_world_size()} now; "
+                    f"states of {setting} cannot be divided anew: resume with {num_writers} ranks"
+                )
+
+    def _convert(self, directory: Path, scratch: Path, num_writers: int) -> None:
+        """Rank 0 converts while the others wait; what goes wrong there is raised on all."""
+        outcome: list[str | None] = [None]
+        waiting = dist.new_group(backend="gloo", timeout=_CONVERSION_TIMEOUT)
+        if rank() == 0:
+            names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+            try:
+                shutil.rmtree(scratch, ignore_errors=True)
+                universal_checkpoint.convert(directory / _TAG, scratch / _TAG, names)
+            except Exception as error:  # whatever DeepSpeed or a damaged file raises
+                logger.debug("conversion failed", exc_info=True)
+                shutil.rmtree(scratch, ignore_errors=True)
+                outcome = [f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(outcome, src=0, group=waiting)
+        dist.destroy_process_group(waiting)
+        if outcome[0] is not None:
+            raise EngineError(
+                f"converting the DeepSpeed state in {directory}, written by {num_writers} ranks, for "
+                f"{dist.get_world_size()} failed in {scratch}: {outcome[0]}"
+            )
 
     @property
     def _holds_whole_fp32(self) -> bool:
@@ -436,12 +527,22 @@ def _import_muon_uncompiled() -> None:
         torch.compile = compiler
 
 
-class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """Runs no code from the file: tensors, plain values and the three allow-listed types only."""
+class _CheckpointFiles(TorchCheckpointEngine):
+    """Remembers what went wrong in writing instead of raising it: other ranks wait for this one further on."""
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_SAFE_TYPES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+    failure: Exception | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.failure = self.failure or error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+            self.failure = self.failure or error
 
 
 @contextlib.contextmanager

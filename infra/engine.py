@@ -1,12 +1,14 @@
 """What a training step needs from an engine, and the readable reference that computes it in plain torch.
 
 A step is: `loss = ...engine.module(...)`, `engine.backward(loss)`, `engine.step(lr)`; several backward calls
-stand inside `with engine.accumulate():`, which is left before `step`.
+stand inside `with engine.accumulate():`, which is left before `step`. Ranks that do not all answer
+`has_finite_gradient` with yes call `discard` instead of `step`.
 Checkpoint directories come from `infra.checkpoint`, which also verifies them before `load` is called.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -76,14 +78,18 @@ class Engine(Protocol):
         ...
 
     def has_finite_gradient(self) -> bool:
-        """Whether this rank's share of the gradient holds neither NaN nor infinity; after backward, before `step`.
+        """Whether this rank's share of the gradient is free of inf and NaN; ranks may differ. Gathers nothing.
 
-        Ranks may answer differently; what they agree on is the caller's, who then calls `discard` on all.
+        Between the last `backward` (or the end of `accumulate`) and `step`; else EngineError.
         """
         ...
 
     def step(self, lr: float) -> None:
-        """Average gradients over ranks, clip, update with AdamW at `lr` (times a group's `lr_scale`)."""
+        """Average gradients over ranks, clip, update with AdamW at `lr` (times a group's `lr_scale`).
+
+        Raises EngineError, on all ranks, where the averaged gradient or its norm is not finite: then nothing is
+        updated and the step begins anew.
+        """
         ...
 
     def offloaded(self) -> list[Tensor]:
@@ -91,11 +97,19 @@ class Engine(Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write what `load` needs to go on bitwise equal; every rank writes its files into one directory."""
+        """Write what `load` needs to go on bitwise equal.
+
+        No two ranks write files of one name, so each may be given a directory of its own if `load` is given one with
+        the files of all. Raises EngineError on the ranks whose writing failed; the others return.
+        """
         ...
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote at the same world size and ZeRO stage. Raises EngineError."""
+        """Restore what `save` wrote at the same ZeRO stage, at any world size. Raises EngineError.
+
+        At another world size DeepSpeed writes a converted copy into `directory`'s parent, `tmp-universal-...`, and
+        removes it. It stays behind where a rank fails in reading it.
+        """
         ...
 
     def consolidated_state_dict(self) -> dict[str, Tensor]:
@@ -226,7 +240,7 @@ class PlainEngine:
 
     def has_finite_gradient(self) -> bool:
         self._order.require_gradient("has_finite_gradient")
-        return are_finite([p.grad for p in self._module.parameters() if p.grad is not None])
+        return all_finite(p.grad for p in self._module.parameters() if p.grad is not None)
 
     def step(self, lr: float) -> None:
         self._order.require_gradient("step")
@@ -238,7 +252,11 @@ class PlainEngine:
         squares = [
             master.grad.double().square().sum() for _, master in self._pairs if master.grad is not None
         ]
-        self._grad_norm = float(torch.stack(squares).sum().sqrt())
+        norm = float(torch.stack(squares).sum().sqrt())
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise not_finite()
+        self._grad_norm = norm
         limit = self._config.gradient_clipping
         if limit > 0 and self._grad_norm > limit:
             for _, master in self._pairs:
@@ -261,13 +279,22 @@ class PlainEngine:
                 "masters": [master for _, master in self._pairs],
                 "optimizer": self._optimizer.state_dict(),
             }
-            torch.save(state, directory / "plain_engine.pt")
+            try:
+                torch.save(state, directory / "plain_engine.pt")
+            except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+                raise EngineError(
+                    f"writing the plain engine's state to {directory} failed: {error}; what lies there is incomplete: "
+                    "free some space and save again"
+                ) from error
 
     def load(self, directory: Path) -> None:
         path = directory / "plain_engine.pt"
         if not path.is_file():
             raise EngineError(f"{directory} holds no plain_engine.pt: it was not written by backend: plain")
-        state = torch.load(path, map_location=self._device, weights_only=True)
+        try:  # not to the device: what is loaded would stand there beside what it replaces
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # UnpicklingError, EOFError, RuntimeError, ...: as the damage is
+            raise EngineError(f"reading {path} failed: {type(error).__name__}: {error}") from error
         self._module.load_state_dict(state["module"])
         with torch.no_grad():
             for (_, master), saved in zip(self._pairs, state["masters"], strict=True):
@@ -348,16 +375,24 @@ def require_precision(config: EngineConfig, device: torch.device) -> None:
         )
 
 
-def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all values are; one number crosses from the device for all of them."""
-    # The sum of squares would overflow where the values do not; their largest is NaN where one of them is.
-    largest = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
-    return not largest or bool(torch.stack([value.float() for value in largest]).isfinite().all())
-
-
 def set_learning_rate(groups: Sequence[dict[str, Any]], lr: float) -> None:
     for group in groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element is inf or NaN. The extremes show both, without a copy, at one wait for the device."""
+    extremes = [
+        value.float() for tensor in tensors if tensor.numel() for value in torch.aminmax(tensor.detach())
+    ]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+
+def not_finite() -> EngineError:
+    return EngineError(
+        "step() found a gradient that is not finite and updated nothing; ask has_finite_gradient() on all ranks "
+        "before, and discard() such a gradient"
+    )
 
 
 def to_portable(tensor: Tensor) -> Tensor:
