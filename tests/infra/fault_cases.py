@@ -123,7 +123,7 @@ def survive_a_full_disk(rank: int, folder: str) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if rank == full:
                     patch.setattr(torch, "save", disk_full)
-                    with pytest.raises(EngineError, match="No space left on device.*save again"):
+                    with pytest.raises(EngineError, match=r"No space left on device.*save again"):
                         engine.save(directory)
                 else:
                     engine.save(directory)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from engine_cases import Layers, batch, groups, live_bytes, saved_engine
+from engine_cases import Layers, batch, live_bytes, saved_engine
 from torch import Tensor
 
 from infra.config import EngineConfig
