@@ -91,10 +91,10 @@ class DeepSpeedEngine:
                 config=deepspeed_dict(config, micro_batch_size, on_gpu=self._device.type == "cuda"),
                 dist_init_required=False,
             )
-        self._files = engine.checkpoint_engine = _CheckpointFiles()
-        # It would copy a conversion script into every checkpoint, where code has no place.
-        engine._copy_recovery_script = lambda path: None
         self._engine: Any = engine
+        self._files = self._engine.checkpoint_engine = _CheckpointFiles()
+        # It would copy a conversion script into every checkpoint, where code has no place.
+        self._engine._copy_recovery_script = lambda path: None
         self._order = StepOrder()
         self._grad_norm: float | None = None
 
@@ -327,7 +327,7 @@ class DeepSpeedEngine:
     def _convert(self, directory: Path, scratch: Path, num_writers: int) -> None:
         """Rank 0 converts while the others wait; what goes wrong there is raised on all."""
         outcome: list[str | None] = [None]
-        waiting = dist.new_group(backend="gloo", timeout=_CONVERSION_TIMEOUT)
+        waiting: Any = dist.new_group(backend="gloo", timeout=_CONVERSION_TIMEOUT)
         if rank() == 0:
             names = [name for name, p in self.module.named_parameters() if p.requires_grad]
             try:
