@@ -7,13 +7,17 @@ WORKSPACE ?= demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check format setup native clean
+.PHONY: demo test test-faults check format setup native clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/svitt demo --workspace $(WORKSPACE)
 
 test: check
 	$(BIN)/python -m pytest
+
+# Whole runs that are killed, stopped and cut off; about half an hour.
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m faults -s
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -136,6 +136,12 @@ class CheckpointConfig(Settings):
     keep_last: int = Field(
         default=2, ge=1, description="Complete checkpoints kept; 2 survive damage to the newest."
     )
+    keep_best: int = Field(
+        default=0, ge=0, description="Besides those, scored checkpoints kept for their EgoMCQ intra."
+    )
+    mirror: str | None = Field(
+        default=None, description="A folder or URL such as s3://bucket/runs that checkpoints are copied to."
+    )
 
 
 class TrackingConfig(Settings):

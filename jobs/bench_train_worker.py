@@ -199,7 +199,7 @@ def measure_bare(
     os.nice(_RAY_NICENESS)
     place = {"rank": rank, "local_rank": rank, "use_gpu": False}
     context = build_context({"run_dir": run_dir, "stage": 1, "attempt": 0, **place})
-    engine, _ = build_or_restore(context, CheckpointStore(context.run.checkpoints(1), 1, rank))
+    engine, _ = build_or_restore(context, CheckpointStore(context.run.checkpoints(1), rank=rank))
     with open_store(context.recipe, "train") as store:
         pace = pace_of(context, len(store))
         batches = build_loader(context, store).batches_from(0)

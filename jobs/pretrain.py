@@ -91,7 +91,10 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     context = build_context(config)
     checkpoints = CheckpointStore(
-        context.run.checkpoints(context.number), context.recipe.checkpoint.keep_last, context.ranks.rank
+        context.run.checkpoints(context.number),
+        rank=context.ranks.rank,
+        world_size=context.ranks.world_size,
+        keep_last=context.recipe.checkpoint.keep_last,
     )
     context.ranks.barrier()
     engine, first_step = build_or_restore(context, checkpoints)
@@ -207,7 +210,9 @@ def train(
         clock=time.monotonic,
     )
     batches = build_loader(context, store).batches_from(first_step)
-    return fit(batches, first_step, pace, hooks, context.ranks) == pace.num_steps
+    finished = fit(batches, first_step, pace, hooks, context.ranks)
+    checkpoints.wait(context.ranks.any)
+    return finished == pace.num_steps
 
 
 def micro_batch_size_of(context: StageContext) -> int | None:
@@ -361,7 +366,7 @@ def save_checkpoint(
     num_steps: int,
     fingerprint: str,
 ) -> None:
-    """Commits the state after `step` steps, then says so in the ledger. Collective."""
+    """Commits the state after `step` steps; the ledger is told once it is published. Collective."""
     facts = {
         "stage": context.number,
         "stage_name": context.stage.name,
@@ -372,12 +377,14 @@ def save_checkpoint(
     }
     weights = engine.consolidated_state_dict()
     card = {**facts, "step": step, "model": context.model_config().model_dump(mode="json")}
-    path = checkpoints.save(step, engine.save, context.ranks.barrier, facts, weights, card)
-    if context.is_first_rank:
+
+    def record(path: Path) -> None:
         status = "trained" if step == num_steps else "running"
         context.ledger.record_stage(
             context.number, status, checkpoint=str(path), step=step, num_steps=num_steps
         )
+
+    checkpoints.save(step, engine.save, facts, weights, card, any_rank=context.ranks.any, on_published=record)
 
 
 def reporter(
