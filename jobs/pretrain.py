@@ -138,6 +138,7 @@ def run_stage_on_rank(context: StageContext, is_preempted: Callable[[], bool]) -
         world_size=context.ranks.world_size,
         keep_last=context.recipe.checkpoint.keep_last,
         generation=context.generation,
+        mirror=mirror_of(context),
         protect=partial(best_steps, context),
     )
     context.ranks.barrier()
@@ -154,6 +155,7 @@ def run_stage_on_rank(context: StageContext, is_preempted: Callable[[], bool]) -
             evaluate_stage(context, checkpoints, tracker)
     finally:
         tracker.close()
+        checkpoints.finish_mirror()
 
 
 def gives_up(context: StageContext) -> bool:
