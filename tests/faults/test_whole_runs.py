@@ -53,7 +53,8 @@ def require_same(job: WholeRun, calm: WholeRun) -> None:
 
 @pytest.fixture
 def job(workspace: Path, request: pytest.FixtureRequest):
-    found = WholeRun(workspace, request.node.name.removeprefix("test_")[:40], OVERRIDES)
+    name = request.node.name.removeprefix("test_").replace("[", "-").replace("]", "")
+    found = WholeRun(workspace, f"{name[:24]}{name[-8:]}", OVERRIDES)
     yield found
     found.kill_everything()
 
