@@ -263,8 +263,11 @@ class CheckpointStore:
             if replaced.exists():
                 os.rename(replaced, path)
             raise
-        flush(self.directory)
         self._damaged.discard(step)
+        try:
+            flush(self.directory)
+        except OSError as error:
+            raise _PublishedError(f"{path} is published, but a loss of power may undo it: {error}") from error
         _remove(replaced)
         return path
 
@@ -340,7 +343,8 @@ class CheckpointStore:
         except Exception as error:  # each storage raises its own kinds
             raise CheckpointError(
                 f"there is no good checkpoint in {self.directory}, and fetching one from the mirror "
-                f"{mirror.where} failed: {type(error).__name__}: {error}; make it reachable, or unset checkpoint.mirror to do without"
+                f"{mirror.where} failed: {type(error).__name__}: {error}; make it reachable, or "
+                "unset checkpoint.mirror to do without"
             ) from error
         return None
 
