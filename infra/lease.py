@@ -2,7 +2,8 @@
 
 Processes of one host are told apart by a lock of the operating system, which no death leaves behind. Hosts that share
 a file system but no locks see each other by a counter that the holder keeps raising; it is stale when it has not moved
-for a while of the observer's own time, so clocks that differ decide nothing.
+for a while of the observer's own time, so clocks that differ or jump decide nothing. A holder that was away for so
+long finds another's generation in the file, and leaves it alone.
 """
 
 import json
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,19 +30,25 @@ class LeaseHeldError(Exception):
     """Somebody else holds the lease; the message says who and what to do."""
 
 
+class LeaseLostError(Exception):
+    """The lease was taken over from another host while its holder did not move."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What stands in the file while a lease is held."""
+    """What stands in the file while a lease is held. `generation` counts holders since one last gave it back."""
 
     host: str
     pid: int
+    generation: int
     beat: int
 
 
 class Lease:
     """Held from `acquire` to `release`, or as a context manager.
 
-    `stale_s`: how long the counter of a holder on another host must stand still, watched from here.
+    `beat_s`: between two signs of life. `stale_s`: how long the counter of a holder on another host must stand still,
+    watched from here.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Lease:
         self._beat_s, self._stale_s, self._sleep = beat_s, stale_s, sleep
         self._host = host or socket.gethostname()
         self._lock = FileLock(str(path) + ".lock")
+        self._mine: Holder | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -67,22 +75,33 @@ class Lease:
         except Timeout:
             raise LeaseHeldError(self._told(self.holder())) from None
         try:
-            self._require_stale(self.holder())
+            self._take(self.holder())
         except BaseException:
             self._lock.release()
             raise
         self._closed.clear()
-        self._write(0)
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """The next one may have it."""
+        """The next one may have it. One that was taken over stays with who took it."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-        self.path.unlink(missing_ok=True)
+        if self._is_mine(self.holder()):
+            self.path.unlink(missing_ok=True)
+        self._mine = None
         self._lock.release()
+
+    def require_held(self) -> None:
+        """Raises LeaseLostError where another process has taken it over, or its file is gone."""
+        now = self.holder()
+        if not self._is_mine(now):
+            who = f"process {now.pid} on {now.host}" if now else "another process, which has ended since,"
+            raise LeaseLostError(
+                f"{self.path.parent} was taken over by {who} after this one had not moved for {self._stale_s:.0f} s (a "
+                "stopped process, a network cut); this one leaves it alone, and svitt status says how the run fares"
+            )
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -95,14 +114,26 @@ class Lease:
 
     def holder(self) -> Holder | None:
         """What the file says; None where there is none, or none that can be read."""
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(FileNotFoundError, ValueError, TypeError):
             return Holder(**json.loads(self.path.read_text()))
         return None
 
-    def _require_stale(self, holder: Holder | None) -> None:
+    def _take(self, before: Holder | None) -> None:
         """The lock is free: a holder of this host is dead, one of another host may be alive."""
-        if holder is None or holder.host == self._host:
-            return
+        if before is not None and before.host != self._host:
+            before = self._silent(before)
+        mine = Holder(self._host, os.getpid(), before.generation + 1 if before else 1, beat=0)
+        self._mine = mine
+        self._write(mine)
+        if (
+            before is not None and before.host != self._host
+        ):  # a third host may have found it stale at the same moment; the last to write has it
+            self._sleep(self._beat_s / 2)
+            if not self._is_mine(now := self.holder()):
+                raise LeaseHeldError(self._told(now))
+
+    def _silent(self, holder: Holder) -> Holder | None:
+        """The holder, once it has been watched not to move; None where it has left meanwhile."""
         waited_s = 0.0
         logger.info("%s is held from %s; watching whether it still is", self.path, holder.host)
         while waited_s < self._stale_s:
@@ -110,22 +141,30 @@ class Lease:
             waited_s += self._beat_s / 2
             now = self.holder()
             if now is None:
-                return
+                return None
             if now != holder:
                 raise LeaseHeldError(self._told(now))
         logger.warning("%s: its holder on %s has been silent for %.0f s", self.path, holder.host, waited_s)
+        return holder
 
     def _keep(self) -> None:
-        beat = 0
+        assert self._mine is not None, "started by acquire"
+        beating = self._mine
         while not self._closed.wait(self._beat_s):
-            beat += 1
+            beating = replace(beating, beat=beating.beat + 1)
             try:
-                self._write(beat)
+                if not self._is_mine(now := self.holder()):
+                    logger.error("the lease %s is lost: it stands for %s now", self.path, now)
+                    return
+                self._write(beating)
             except OSError as error:  # the lock still holds on this host
                 logger.warning("the lease %s could not be renewed: %s", self.path, error)
 
-    def _write(self, beat: int) -> None:
-        write_durably(self.path, json.dumps(asdict(Holder(self._host, os.getpid(), beat))) + "\n")
+    def _is_mine(self, holder: Holder | None) -> bool:
+        return holder is not None and replace(holder, beat=0) == self._mine
+
+    def _write(self, holder: Holder) -> None:
+        write_durably(self.path, json.dumps(asdict(holder)) + "\n")
 
     def _told(self, holder: Holder | None) -> str:
         who = f"process {holder.pid} on {holder.host}" if holder else "another process"

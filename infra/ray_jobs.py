@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from infra.runtime import environment
@@ -68,7 +69,7 @@ class Jobs:
         require_guarded(url)
         self.url = url
         # Ray lets these two variables win over an explicit address; an owned cluster must not be overruled.
-        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
+        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}), self._asking():
             try:
                 self._client = JobSubmissionClient(url)
             except (ConnectionError, RuntimeError, requests.RequestException) as error:
@@ -97,12 +98,13 @@ class Jobs:
         command = entrypoint if isinstance(entrypoint, str) else f"exec {shlex.join(entrypoint)}"
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **(env_vars or {})}
         try:
-            self._client.submit_job(
-                entrypoint=command,
-                submission_id=submission_id,
-                runtime_env={"env_vars": variables},
-                metadata=dict(metadata or {}),
-            )
+            with self._asking():
+                self._client.submit_job(
+                    entrypoint=command,
+                    submission_id=submission_id,
+                    runtime_env={"env_vars": variables},
+                    metadata=dict(metadata or {}),
+                )
         except (RuntimeError, ValueError) as error:
             if "already exists" in str(error) and (known := self.find(submission_id)) is not None:
                 return known
@@ -114,7 +116,8 @@ class Jobs:
     def find(self, submission_id: str) -> JobState | None:
         """State of a job, or None if the cluster does not know it."""
         try:
-            info = self._client.get_job_info(submission_id)
+            with self._asking():
+                info = self._client.get_job_info(submission_id)
         except RuntimeError as error:
             if "404" in str(error) or "does not exist" in str(error):
                 return None
@@ -167,14 +170,16 @@ class Jobs:
         if state.is_finished:
             return False
         try:
-            return bool(self._client.stop_job(submission_id))
+            with self._asking():
+                return bool(self._client.stop_job(submission_id))
         except RuntimeError as error:
             raise JobError(f"stopping job {submission_id} failed: {_one_line(error)}") from error
 
     def logs(self, submission_id: str) -> str:
         """Everything the job's driver has written so far."""
         try:
-            return self._client.get_job_logs(submission_id)
+            with self._asking():
+                return self._client.get_job_logs(submission_id)
         except RuntimeError as error:
             raise JobError(f"reading the log of job {submission_id} failed: {_one_line(error)}") from error
 
@@ -183,7 +188,7 @@ class Jobs:
         loop = asyncio.new_event_loop()
         stream = self._client.tail_job_logs(submission_id)
         try:
-            with contextlib.suppress(StopAsyncIteration):
+            with self._asking(), contextlib.suppress(StopAsyncIteration):
                 while True:
                     yield loop.run_until_complete(anext(stream))
         except RuntimeError as error:
@@ -191,6 +196,18 @@ class Jobs:
         finally:
             loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
             loop.close()
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Turns an answer of 401 or 403 into a ClusterError; Ray's own exception is none of those it raises else."""
+        try:
+            yield
+        except AuthenticationError as error:
+            raise ClusterError(
+                f"the Ray cluster at {self.url} refuses this command: {_one_line(error).partition(' Token auth')[0]}. "
+                "It was started with a token, and the one found here is missing or another's: put the cluster's into "
+                "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH (~/.ray/auth_token where that is unset)"
+            ) from error
 
 
 def require_guarded(url: str) -> None:

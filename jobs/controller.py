@@ -31,7 +31,7 @@ def run_controller(run_dir: Path, address: str) -> int:
     recipe = run.recipe()
     ledger = Ledger(run.ledger_file)
     with ExitStack() as stack:
-        stack.enter_context(Lease(run.controller_lease))
+        lease = stack.enter_context(Lease(run.controller_lease))
         cluster = stack.enter_context(open_cluster(address))
         # A stop of this job is a stop of the run: the stage saves and leaves, then this one does. After Ray has
         # started, which takes SIGTERM for itself.
@@ -40,6 +40,7 @@ def run_controller(run_dir: Path, address: str) -> int:
         ledger.record_run(budget_from=ledger.read().generation)
         outcome: Outcome = "done"
         for number in range(1, len(recipe.stages) + 1):
+            lease.require_held()
             tracking.follow_stage(number)
             outcome = run_stage_jobs(
                 cluster.jobs, run, ledger, number, recipe.cluster.max_failures + 1, cluster.address_inside
