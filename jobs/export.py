@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def export(run: RunDir, output: Path, stage: int | None, report: ProgressReport)
     the training; ConfigError when there is no such stage or checkpoint.
     """
     if output.exists():
-        raise ExportError(f"{output} exists already and is not overwritten; delete it or give another --output")
+        raise ExportError(
+            f"{output} exists already and is not overwritten; delete it or give another --output"
+        )
     recipe = run.recipe()
     number, checkpoint = newest_checkpoint(run, recipe, stage)
     tokenizer = open_tokenizer(recipe)
@@ -157,6 +160,9 @@ def _write_tokenizer(folder: Path, tokenizer: CaptionTokenizer) -> None:
         model_input_names=["input_ids", "attention_mask"],
     )
     fast.save_pretrained(folder)
+    # The name that transformers 4 knows too.
+    file = folder / "tokenizer_config.json"
+    _write_json(file, {**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
     vocabulary = sorted(fast.get_vocab().items(), key=lambda entry: entry[1])
     text = "".join(f"{token}\n" for token, _ in vocabulary)
     (folder / VOCABULARY).write_text(text, encoding="utf-8")
@@ -169,7 +175,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def check(folder: Path, tokenizer: CaptionTokenizer) -> float:
     """Largest difference between features of the folder, loaded by transformers in a fresh process, and by ourselves.
 
-    Of one generated clip and one caption, in which the packages an exported folder does without cannot be imported.
+    Of one generated clip and one caption. That process cannot import the packages which exported folders do without.
     Raises ExportError when the process fails or the difference exceeds `TOLERANCE`.
     """
     model = load_model(folder).model
@@ -183,7 +189,11 @@ def check(folder: Path, tokenizer: CaptionTokenizer) -> float:
             "video_features": model.encode_video(pixels).features_BP,
             "text_features": model.encode_text(ids_BL, mask_BL).features_BP,
         }
-    theirs = _features_of_fresh_process(folder, clip)
+    return largest_difference(_features_of_fresh_process(folder, clip), ours)
+
+
+def largest_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference of tensors of the same names. Raises ExportError above `TOLERANCE`, and at NaN."""
     difference = max(float((theirs[name] - ours[name]).abs().max()) for name in ours)
     if not difference <= TOLERANCE:
         raise ExportError(
@@ -199,14 +209,20 @@ def _features_of_fresh_process(folder: Path, clip: Tensor) -> dict[str, Tensor]:
         inputs, outputs = Path(scratch) / "inputs.safetensors", Path(scratch) / "outputs.safetensors"
         save_file({"pixel_values": clip}, inputs)
         arguments = [str(folder), str(inputs), str(outputs), CHECK_CAPTION, *hidden]
-        run = subprocess.run(
-            [sys.executable, "-I", check_export.__file__, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_CHECK_TIMEOUT_S,
-            cwd=scratch,
-            env={**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"},
-        )
+        try:
+            run = subprocess.run(
+                [sys.executable, "-I", check_export.__file__, *arguments],
+                capture_output=True,
+                text=True,
+                timeout=_CHECK_TIMEOUT_S,
+                cwd=scratch,
+                env={**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"},
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(
+                f"checked the export: transformers had not loaded and run it after {_CHECK_TIMEOUT_S} s, so nothing "
+                "was written; try again on a machine that is less busy"
+            ) from error
         try:
             return load_file(outputs)
         except (OSError, SafetensorError) as error:

@@ -30,14 +30,14 @@ class ExportError(Exception):
     """A model that cannot be exported, or an export that does not do what it should."""
 
 
-def standalone_code() -> dict[str, str]:
-    """File name -> source of everything that `modeling_svitt_ego.py` needs.
+def standalone_code(entry: str = ENTRY) -> dict[str, str]:
+    """File name -> source of the module `entry` and everything that it needs.
 
     Raises ExportError when a file imports a package that the folder must do without, or imports in a form that
     cannot be made relative.
     """
     files: dict[str, str] = {}
-    waiting = [ENTRY]
+    waiting = [entry]
     while waiting:
         module = waiting.pop()
         name = f"{_short(module)}.py"
@@ -54,8 +54,9 @@ def standalone_code() -> dict[str, str]:
 
 def _source(module: str) -> str:
     spec = find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module} is a file of this project"
-    return Path(spec.origin).read_text(encoding="utf-8")
+    origin = spec.origin if spec is not None else None
+    assert origin is not None, f"{module} is a file of this project"
+    return Path(origin).read_text(encoding="utf-8")
 
 
 def _short(module: str) -> str:

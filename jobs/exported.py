@@ -39,7 +39,9 @@ class ExportedModel:
     def encode_sentences(self, sentences: list[str]) -> Float[Tensor, "B P"]:
         """Unit features of sentences, float32 on the CPU."""
         ids_BL, mask_BL = self.tokenizer(sentences)
-        return self.model.encode_text(ids_BL.to(self.device), mask_BL.to(self.device)).features_BP.float().cpu()
+        return (
+            self.model.encode_text(ids_BL.to(self.device), mask_BL.to(self.device)).features_BP.float().cpu()
+        )
 
 
 def load_exported(folder: Path, device: torch.device | None = None) -> ExportedModel:

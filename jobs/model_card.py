@@ -76,7 +76,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 text = tokenizer(["picks up the cup"], return_tensors="pt", padding=True, truncation=True)
 clips = torch.zeros(1, {video.num_frames}, 3, {side}, {side}, dtype=torch.uint8)
 with torch.no_grad():
@@ -88,7 +88,8 @@ print(text_features @ video_features.T)
 Needs torch, transformers and safetensors. A clip is {video.num_frames} RGB frames, taken at the middles of \
 {video.num_frames} equal parts of it, shrunk to a short side of {recipe.prepare.short_side} and then squeezed whole to \
 {side} x {side}, without a crop; `encode_video` takes uint8, or floating point scaled to [-1, 1]. The tokenizer cleans \
-narrations as in training (`#C C picks up the cup.` is `picks up the cup`). Attention runs in plain torch, on CPU and GPU."""
+narrations as in training (`#C C picks up the cup.` is `picks up the cup`). Attention \
+runs in plain torch, on CPU and GPU."""
 
 
 def _stages(recipe: Recipe, state: RunState, number: int) -> str:
@@ -117,7 +118,9 @@ def _cost(run: RunDir, recipe: Recipe, number: int) -> str:
     rows = ["| stage | clips/s | training time, min | peak memory of a rank, GiB |", "|---|--:|--:|--:|"]
     for place, stage in enumerate(recipe.stages[:number], start=1):
         records = valid_records(run.journal(place))
-        intervals = [(r.step, r.values) for r in records if r.kind == "metrics" and "perf/clips_per_s" in r.values]
+        intervals = [
+            (r.step, r.values) for r in records if r.kind == "metrics" and "perf/clips_per_s" in r.values
+        ]
         if not intervals:
             rows.append(f"| {stage.name} | not recorded | not recorded | not recorded |")
             continue
@@ -128,7 +131,8 @@ def _cost(run: RunDir, recipe: Recipe, number: int) -> str:
         )
         rate = median(values["perf/clips_per_s"] for _, values in intervals)
         peaks = [
-            max(values.get("mem/peak_rss_gib", 0.0), values.get("mem/peak_device_gib", 0.0)) for _, values in intervals
+            max(values.get("mem/peak_rss_gib", 0.0), values.get("mem/peak_device_gib", 0.0))
+            for _, values in intervals
         ]
         rows.append(f"| {stage.name} | {rate:.1f} | {time_s / 60:.1f} | {max(peaks):.2f} |")
     world = f"{recipe.cluster.num_workers} ranks; median clips/s over all of them, without checkpoints and scoring."

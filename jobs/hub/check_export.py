@@ -30,7 +30,7 @@ def main(folder: str, inputs: str, outputs: str, caption: str, *hidden: str) -> 
     from safetensors.torch import load_file, save_file
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     text = tokenizer([caption], return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():

@@ -2,7 +2,9 @@
 
 from typing import Any, NoReturn
 
-_WHY = "an exported model has no attention kernels; set attention_backend: blocks, or load it with this project"
+_WHY = (
+    "an exported model has no attention kernels; set attention_backend: blocks, or load it with this project"
+)
 
 # No type of number is the kernels', so that `auto` never takes them.
 FUSED_DTYPES = ()

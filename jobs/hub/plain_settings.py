@@ -8,7 +8,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 PositiveInt = int
 
 
-def Field(default: Any = None, **_: Any) -> Any:
+def Field(default: Any = None, **_: Any) -> Any:  # noqa: N802, it is pydantic's name
     """The default alone."""
     return default
 
@@ -30,7 +30,9 @@ class BaseModel:
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
             if not hasattr(type(self), name):
-                raise TypeError(f"{type(self).__name__} has no field {name}; code and config.json differ in age")
+                raise TypeError(
+                    f"{type(self).__name__} has no field {name}; code and config.json differ in age"
+                )
             default = getattr(type(self), name)
             is_nested = isinstance(default, BaseModel) and isinstance(value, dict)
             setattr(self, name, type(default)(**value) if is_nested else value)
