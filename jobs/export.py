@@ -194,7 +194,8 @@ def check(folder: Path, tokenizer: CaptionTokenizer) -> float:
 
 def largest_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> float:
     """Largest absolute difference of tensors of the same names. Raises ExportError above `TOLERANCE`, and at NaN."""
-    difference = max(float((theirs[name] - ours[name]).abs().max()) for name in ours)
+    # Python's max would lose a NaN.
+    difference = float(torch.stack([(theirs[name] - ours[name]).abs().max() for name in ours]).max())
     if not difference <= TOLERANCE:
         raise ExportError(
             f"checked the export: features that transformers computes from it differ from ours by {difference:.1e}, "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertEmbeddings
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from jobs.hub.configuration_svitt_ego import SvittEgoConfig
 from model.attention import token_codes
