@@ -26,6 +26,9 @@ RecipeArg = Annotated[
     tyro.conf.arg(metavar="RECIPE", help="A YAML file, or the name of a shipped one."),
 ]
 RunArg = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR", help="A run directory.")]
+ModelArg = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_DIR", help="A folder of svitt export.")
+]
 Workspace = Annotated[Path, tyro.conf.arg(help="Folder that relative paths of the recipe start from.")]
 Overrides = Annotated[
     tuple[str, ...],
@@ -211,6 +214,57 @@ def report(
 
     run = _open(run_dir)
     return write_report(run, output or run.path / "report.html", _report(), pictures)
+
+
+def export(
+    run_dir: RunArg,
+    output: Annotated[Path, tyro.conf.arg(help="The folder to write; must not exist.")],
+    stage: Annotated[int | None, tyro.conf.arg(help="Default: the newest stage with a checkpoint.")] = None,
+) -> int:
+    """Write a stage's weights as a folder that Hugging Face's transformers loads without this project."""
+    from jobs.export import export as run
+
+    return run(_open(run_dir), output, stage, _report())
+
+
+def embed(
+    model_dir: ModelArg,
+    source: Annotated[
+        Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="INPUT", help="A folder of videos, a video, or a text file with a sentence a line."
+        ),
+    ],
+    output: Annotated[Path, tyro.conf.arg(help="A .parquet or .npy file.")],
+    clip_s: Annotated[
+        float, tyro.conf.arg(help="Seconds of the clips that videos are cut into; best as in training.")
+    ] = 2.0,
+    batch_size: Annotated[int, tyro.conf.arg(help="Clips encoded at once.")] = 16,
+    device: Annotated[Literal["cpu", "cuda"], tyro.conf.arg(help="Where the model runs.")] = "cpu",
+) -> int:
+    """Encode videos, clip by clip, or sentences with an exported model."""
+    from jobs.embed import embed as run
+
+    return run(model_dir, source, output, clip_s, batch_size, device, _report())
+
+
+def search(
+    embeddings: Annotated[
+        Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="EMBEDDINGS", help="A .parquet file of svitt embed."),
+    ],
+    model_dir: ModelArg,
+    sentence: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="SENTENCE", help="What the clips shall show.")
+    ],
+    top: Annotated[int, tyro.conf.arg(help="How many clips to show.")] = 5,
+) -> int:
+    """Find the embedded clips that a sentence describes best."""
+    from jobs.search_clips import search as run
+
+    return run(embeddings, model_dir, sentence, top, _report())
 
 
 def plan(
@@ -423,6 +477,9 @@ VERBS = {
         control,
         evaluate,
         report,
+        export,
+        embed,
+        search,
         plan,
         bench,
     )

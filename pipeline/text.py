@@ -12,9 +12,10 @@ from string import ascii_lowercase, digits, punctuation
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
+from tokenizers.normalizers import BertNormalizer, Replace
+from tokenizers.normalizers import Sequence as NormalizerSequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -105,6 +106,17 @@ class CaptionTokenizer:
             ids_BL[row, : len(kept)] = kept
             mask_BL[row, : len(kept)] = True
         return torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
+
+    def with_cleaning(self) -> Tokenizer:
+        """A tokenizer that cleans captions by itself, to be saved for programs without `clean_caption`. It neither pads
+        nor cuts.
+        """
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        replaced = [(f"(?i){_WEARER_TAG.pattern}", " "), (f"(?i){_OTHER_TAG.pattern}", " ")]
+        replaced += [(_DELETED.pattern, ""), (_SPACED.pattern, " ")]
+        steps = [Replace(Regex(pattern), content) for pattern, content in replaced]
+        tokenizer.normalizer = NormalizerSequence([*steps, BertNormalizer(lowercase=True)])
+        return tokenizer
 
 
 def _read_vocabulary(path: StoragePath) -> dict[str, int]:
