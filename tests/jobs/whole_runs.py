@@ -117,7 +117,7 @@ class WholeRun:
             assert self.process is not None
             assert self.process.poll() is None, f"it ended, {self.process.poll()}\n{self.tails()}"
             assert time.monotonic() < end_s, f"not so after {deadline_s:.0f} s\n{self.tails()}"
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def step(self, number: int) -> int:
         """The step that a stage's newest start is in; -1 where it has none yet."""
