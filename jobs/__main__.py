@@ -140,9 +140,11 @@ def resume(
     from jobs.submit import submit as run
 
     found, report = _open(run_dir), _report()
-    require_shards(found.recipe())
+    recipe = found.recipe()
     if set_:
-        take_over(load_recipe(str(found.recipe_file), set_), found, allow_drift, report.say)
+        recipe = load_recipe(str(found.recipe_file), set_)
+    require_shards(recipe)
+    take_over(recipe, found, allow_drift, report.say)
     return run(found, address, report)
 
 

@@ -23,6 +23,7 @@ def run_demo(recipe: Recipe, run_dir: Path, report: ProgressReport) -> int:
     clips(recipe, report)
     run = open_run(recipe, run_dir)
     with Lease(run.driver_lease), open_cluster(None, recipe.cluster.num_cpus) as cluster:
+        run.stop_file.unlink(missing_ok=True)
         report.say(f"[3/4] videos to shards in {recipe.data.shards}")
         prepare(recipe, report, cluster)
         report.say(f"[4/4] training {len(recipe.stages)} stages in {run_dir}")

@@ -5,7 +5,7 @@ be one run; `--allow-drift` takes it all the same. What was accepted stands in t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from infra.config_io import ConfigError
@@ -15,7 +15,8 @@ from jobs.run_dir import RunDir
 
 DriftClass = Literal["free", "warned", "refused"]
 
-# By the longest prefix of the dotted key; stages stand below. Every key of a recipe has one (a test).
+# By the longest prefix of the dotted key; stages stand below. A new setting has to be given its class here (a test):
+# only a part that is refused as a whole, or has done its work before the first step, stands by its name alone.
 CLASSES: Mapping[str, DriftClass] = {
     "name": "refused",
     "seed": "refused",
@@ -36,25 +37,45 @@ CLASSES: Mapping[str, DriftClass] = {
     "model.text.recompute": "free",
     "model.video.offload_activations": "free",
     "model.text.offload_activations": "free",
-    "engine": "warned",
-    "engine.backend": "refused",
-    "engine.precision": "refused",
-    "engine.bf16_states": "refused",
-    "engine.optimizer": "refused",
-    "engine.zero_stage": "refused",
+    "engine": "refused",
+    "engine.betas": "warned",
+    "engine.eps": "warned",
+    "engine.weight_decay": "warned",
+    "engine.gradient_clipping": "warned",
+    "engine.gradient_reduction": "warned",
+    "engine.offload_optimizer": "warned",
+    "engine.offload_parameters": "warned",
     "engine.nvme_path": "free",
     "engine.bucket_bytes": "free",
-    "cluster": "free",
+    "cluster.address": "free",
+    "cluster.num_cpus": "free",
     "cluster.num_workers": "warned",
+    "cluster.cpus_per_worker": "warned",
     "cluster.use_gpu": "warned",
-    "checkpoint": "free",
-    "evaluation": "free",
-    "guard": "free",
-    "tracking": "free",
+    "cluster.max_failures": "free",
+    "cluster.max_crashes_at_one_step": "free",
+    "cluster.max_preemptions": "free",
+    "cluster.collective_timeout_s": "free",
+    "cluster.device_memory": "free",
+    "checkpoint.every_steps": "free",
+    "checkpoint.keep_last": "free",
+    "checkpoint.keep_best": "free",
+    "checkpoint.mirror": "free",
+    "evaluation.batch_size": "free",
+    "evaluation.max_unreadable_share": "free",
+    "evaluation.every_steps": "free",
+    "guard.max_nonfinite_in_a_row": "free",
+    "guard.max_rollbacks": "free",
+    "guard.spike_sigma": "free",
+    "guard.spike_window": "free",
+    "tracking.backend": "free",
+    "tracking.uri": "free",
+    "tracking.experiment": "free",
     "inflation": "warned",
     "log_every_steps": "free",
 }
-# Of a stage that has begun. One that is done is refused whole, one that has not begun is warned.
+# Of a stage that has begun. One that is done is refused whole; of one that has not begun all is warned but its name,
+# which tells stages apart: one that is gone or stands elsewhere is another curriculum, one more at the end is not.
 STAGE_CLASSES: Mapping[str, DriftClass] = {
     "name": "refused",
     "num_frames": "refused",
@@ -86,13 +107,14 @@ class Drift:
         return f"{self.key}: the run has {self.old}, the recipe now says {self.new}"
 
 
-def class_of(key: str, state: RunState) -> DriftClass:
-    """How a change of a dotted key is taken in a run that has come so far."""
+def class_of(key: str, state: RunState, num_stages: int) -> DriftClass:
+    """How a change of a dotted key is taken in a run that has come so far, and has so many stages."""
     parts = key.split(".")
     if parts[0] == "stages":
         number = int(parts[1]) + 1
-        status = state.stage(number).status
-        if status in ("trained", "done"):
+        if number > num_stages:
+            return "warned"
+        if parts[2] == "name" or state.stage(number).status in ("trained", "done"):
             return "refused"
         return "warned" if not state.stage(number).starts else STAGE_CLASSES[parts[2]]
     for length in range(len(parts), 0, -1):
@@ -106,7 +128,12 @@ def find_drift(old: Recipe, new: Recipe, state: RunState) -> list[Drift]:
     before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     nothing = "nothing"
     return [
-        Drift(key, str(before.get(key, nothing)), str(after.get(key, nothing)), class_of(key, state))
+        Drift(
+            key,
+            str(before.get(key, nothing)),
+            str(after.get(key, nothing)),
+            class_of(key, state, len(old.stages)),
+        )
         for key in sorted(before.keys() | after.keys())
         if before.get(key, nothing) != after.get(key, nothing)
     ]
@@ -127,14 +154,13 @@ def require_allowed(found: Sequence[Drift], run: RunDir, allow_drift: bool) -> N
 
 
 def record_drift(found: Sequence[Drift], ledger: Ledger) -> None:
-    """Adds accepted changes to the run's fact `drift`: a list of {key, old, new, class}, all of them so far."""
-    if not found:
-        return
+    """Adds accepted changes to the run's fact `drift`: a list of {key, old, new, class}, all of them so far. One that
+    the newest entry of its key tells already is that of a command which was killed before it took it over.
+    """
     known = list(ledger.read().facts.get("drift", []))
-    for drift in found:
-        entry = asdict(drift)
-        entry["class"] = entry.pop("kind")
-        known.append(entry)
+    newest = {entry["key"]: entry for entry in known}
+    entries = [{"key": d.key, "old": d.old, "new": d.new, "class": d.kind} for d in found]
+    known += [entry for entry in entries if newest.get(entry["key"]) != entry]
     ledger.record_run(drift=known)
 
 

@@ -171,9 +171,11 @@ class Recipe(Settings):
                 f"{self.prepare.num_frames}: raise it and run prepare again"
             )
         if stage.global_batch_size % self.cluster.num_workers:
+            size = stage.global_batch_size
+            numbers = [str(number) for number in range(1, size + 1) if size % number == 0]
             raise ValueError(
-                f"stage {stage.name}: global_batch_size {stage.global_batch_size} does not divide by "
-                f"cluster.num_workers {self.cluster.num_workers}"
+                f"stage {stage.name}: global_batch_size {size} does not divide by {self.cluster.num_workers} workers "
+                f"(cluster.num_workers); {', '.join(numbers[:-1])} or {numbers[-1]} would do"
             )
         clips_per_rank = stage.clips_per_rank(self.cluster.num_workers)
         if stage.micro_batch_size is not None and stage.micro_batch_size > clips_per_rank:

@@ -1,11 +1,15 @@
 """`submit` and `resume`: start the controller job of a run, or attach to it, and follow it."""
 
+import contextlib
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock
 
 from infra.checkpoint import write_durably
 from infra.config_io import ConfigError, dump_yaml
@@ -44,27 +48,36 @@ def open_run(
         raise ConfigError(recipe.name, ["stages is empty: a run needs at least one stage"])
     run = RunDir(run_dir.resolve())
     run.path.mkdir(parents=True, exist_ok=True)
-    if not run.recipe_file.exists():
-        write_durably(run.recipe_file, dump_yaml(recipe))
-        return run
+    with FileLock(f"{run.recipe_file}.lock"):  # of two recipes at the same moment one is the run's
+        if not run.recipe_file.exists():
+            write_durably(run.recipe_file, dump_yaml(recipe))
+            return run
     take_over(recipe, run, allow_drift, say)
     return run
 
 
 def take_over(recipe: Recipe, run: RunDir, allow_drift: bool, say: Say) -> None:
-    """Makes a changed recipe that of a run. Raises ConfigError naming what may not differ."""
+    """Makes a changed recipe that of a run. Raises ConfigError naming what may not differ, or what differs while the run
+    is driven: of its ranks some would read the old recipe and some the new.
+    """
     ledger = Ledger(run.ledger_file)
     found = find_drift(run.recipe(), recipe, ledger.read())
     if not found:
         return
     require_allowed(found, run, allow_drift)
+    try:
+        with undriven(run):
+            aside = first_free(run.path, "recipe-{}.yaml")
+            write_durably(aside, run.recipe_file.read_text())
+            record_drift(found, ledger)
+            write_durably(run.recipe_file, dump_yaml(recipe))
+    except LeaseHeldError as error:
+        raise ConfigError(
+            str(run.path), [*map(str, found), f"a recipe does not change under a run at work: {error}"]
+        ) from error
     for drift in found:
-        if drift.kind != "free":
-            say(f"changed, {drift}")
-    record_drift(found, ledger)
-    number = len(list(run.path.glob("recipe-*.yaml"))) + 1
-    write_durably(run.path / f"recipe-{number}.yaml", run.recipe_file.read_text())
-    write_durably(run.recipe_file, dump_yaml(recipe))
+        say(f"changed ({drift.kind}), {drift}")
+    say(f"the recipe of before is kept in {aside}")
 
 
 def put_aside(run_dir: Path, say: Say) -> None:
@@ -72,11 +85,25 @@ def put_aside(run_dir: Path, say: Say) -> None:
     run = RunDir(run_dir.resolve())
     if not run.path.exists():
         return
-    with Lease(run.driver_lease), Lease(run.controller_lease):
-        number = len(list(run.path.parent.glob(f"{run.path.name}.old-*"))) + 1
-        aside = run.path.with_name(f"{run.path.name}.old-{number}")
-    os.rename(run.path, aside)
+    with undriven(run):
+        aside = first_free(run.path.parent, f"{run.path.name}.old-{{}}")
+        os.rename(run.path, aside)
+    for lease in (run.driver_lease, run.controller_lease):  # moved while they were held
+        (aside / lease.name).unlink(missing_ok=True)
     say(f"the run of before is kept in {aside}")
+
+
+@contextlib.contextmanager
+def undriven(run: RunDir) -> Iterator[None]:
+    """Keeps everybody from driving the run. Raises LeaseHeldError while somebody does."""
+    with Lease(run.driver_lease), Lease(run.controller_lease):
+        yield
+
+
+def first_free(folder: Path, pattern: str) -> Path:
+    """The first path of a numbered pattern, from 1, that is not there."""
+    paths = (folder / pattern.format(number) for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def require_shards(recipe: Recipe) -> None:
@@ -91,17 +118,25 @@ def require_shards(recipe: Recipe) -> None:
             require_tags(manifest)
 
 
-def drive(cluster: "Cluster", run: RunDir, report: ProgressReport, is_detached: bool = False) -> int:
-    """Starts the run's controller on the cluster, or attaches to the one at work, and follows it to the end.
+def hand_over(cluster: "Cluster", run: RunDir, report: ProgressReport) -> int:
+    """Starts the run's controller on somebody else's cluster, or finds the one at work there, and leaves it alone."""
+    job_id = controller_at_work(cluster, run)
+    if job_id is not None:
+        report.say(f"at work already, as job {job_id}; follow with: svitt status {run.path}")
+        return 0
+    run.stop_file.unlink(missing_ok=True)  # asked of an earlier controller, and over with it
+    job_id = start_controller(cluster, run)
+    report.say(f"submitted as job {job_id}; follow with: svitt status {run.path}")
+    return 0
+
+
+def drive(cluster: "Cluster", run: RunDir, report: ProgressReport) -> int:
+    """Starts the run's controller on this command's own cluster and follows it to the end; the run's lease is held.
 
     The first Ctrl-C or SIGTERM asks the run to save and leave, the second leaves at once. Returns the controller's exit
-    code: 0 all stages done, 3 stopped, 1 failed. Detached: returns 0 at once.
+    code: 0 all stages done, 3 stopped, 1 failed.
     """
-    run.stop_file.unlink(missing_ok=True)
     job_id = start_controller(cluster, run)
-    if is_detached:
-        report.say(f"submitted as job {job_id}; follow with: svitt status {run.path}")
-        return 0
 
     def stop(signal_name: str) -> None:
         ask_to_stop(run, "signal")
@@ -123,18 +158,23 @@ def drive(cluster: "Cluster", run: RunDir, report: ProgressReport, is_detached: 
 
 def start_controller(cluster: "Cluster", run: RunDir) -> str:
     """Submission id of the run's controller. Two callers at once get the same one: the id is the lock."""
+    if (at_work := controller_at_work(cluster, run)) is not None:
+        return at_work
     ledger = Ledger(run.ledger_file)
     number = int(ledger.read().facts.get("controllers", 0))
-    if number:
-        known = cluster.jobs.find(controller_id(run, number))
-        if known is not None and not known.is_finished:
-            return known.submission_id
     job_id = controller_id(run, number + 1)
     python = sys.executable if cluster.is_owned else "python"
     command = [python, "-m", "jobs", "control", str(run.path), "--address", cluster.address_inside]
     cluster.jobs.submit_once(job_id, command, metadata={"run": run.run_id})
     ledger.record_run(controllers=number + 1)
     return job_id
+
+
+def controller_at_work(cluster: "Cluster", run: RunDir) -> str | None:
+    """Submission id of the run's newest controller if the cluster knows it and it has not ended."""
+    number = int(Ledger(run.ledger_file).read().facts.get("controllers", 0))
+    known = cluster.jobs.find(controller_id(run, number)) if number else None
+    return None if known is None or known.is_finished else known.submission_id
 
 
 def controller_id(run: RunDir, number: int) -> str:
@@ -153,13 +193,15 @@ def submit(run: RunDir, address: str | None, report: ProgressReport) -> int:
         from infra.ray_cluster import open_cluster
 
         with open_cluster(address, recipe.cluster.num_cpus) as cluster:
-            return drive(cluster, run, report, is_detached=not cluster.is_owned)
+            return hand_over(cluster, run, report)
     lease = Lease(run.driver_lease)
+    num_events = Ledger(run.ledger_file).read().num_events
     try:
         lease.acquire()
+        run.stop_file.unlink(missing_ok=True)  # asked of an earlier command, and over with it
     except LeaseHeldError as error:
         report.say(f"{error}. Following it here")
-        code = follow_run(partial(look_from_beside, run, lease), run, report)
+        code = follow_run(partial(look_from_beside, run, lease, num_events), run, report)
         if code != TAKEN_OVER:
             return code
         report.say("what drove the run has died; it is taken over here")
@@ -172,21 +214,31 @@ def submit(run: RunDir, address: str | None, report: ProgressReport) -> int:
         lease.release()
 
 
-def look_from_beside(run: RunDir, lease: Lease) -> JobState:
-    """How a run fares that another command drives. Once that one has ended the lease is taken; it is given back where
-    there is nothing left to do.
+def look_from_beside(run: RunDir, lease: Lease, num_events: int) -> JobState:
+    """How a run fares that another command drives. Once that one has ended, the lease is taken where the run has not
+    come to an end, and given back where it has.
+
+    `num_events`: of the ledger when this command began; an end from before that is not the one waited for.
     """
     try:
         lease.acquire()
     except LeaseHeldError:
         return JobState(run.run_id, "RUNNING", "", None)
+    end = end_of(run, num_events)
+    if end is None:
+        return JobState(run.run_id, "FAILED", "it died", TAKEN_OVER)
+    lease.release()
+    return end
+
+
+def end_of(run: RunDir, num_events: int) -> JobState | None:
+    """How a run ended that nobody drives; None where it goes on with the next one who does."""
     state = Ledger(run.ledger_file).read()
     stages = [state.stage(number).status for number in range(1, len(run.recipe().stages) + 1)]
-    for status, code in (("failed", 1), ("stopped", 3)):
-        if status in stages:
-            lease.release()
-            return JobState(run.run_id, "FAILED", status, code)
     if all(status == "done" for status in stages):
-        lease.release()
         return JobState(run.run_id, "SUCCEEDED", "", 0)
-    return JobState(run.run_id, "FAILED", "it died", TAKEN_OVER)
+    if state.num_events > num_events and "failed" in stages:
+        return JobState(run.run_id, "FAILED", "failed", 1)
+    if run.stop_file.exists() or (state.num_events > num_events and "stopped" in stages):
+        return JobState(run.run_id, "FAILED", "it ended after a stop was asked for", 3)
+    return None

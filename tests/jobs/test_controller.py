@@ -15,14 +15,15 @@ from small_runs import small_run
 
 from infra.config_io import ConfigError
 from infra.lease import Lease, LeaseHeldError
-from infra.ledger import Ledger
+from infra.ledger import Ledger, RunState
 from infra.ray_cluster import Cluster
 from infra.ray_jobs import Jobs, JobState
 from jobs.controller import Outcome, run_stage_jobs
+from jobs.drift import find_drift, record_drift
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, resolve_paths
 from jobs.run_dir import RunDir
-from jobs.submit import controller_id, drive, open_run, put_aside, start_controller
+from jobs.submit import controller_id, drive, hand_over, open_run, put_aside, start_controller
 
 
 @pytest.fixture
@@ -218,9 +219,23 @@ def test_an_old_stop_request_does_not_stop_a_run_that_is_started_again(
     report, lines = report_lines
     opened = open_run(recipe, run.path)
     opened.stop_file.touch()
-    assert drive(cluster_of(FakeJobs(), is_owned=False), opened, report, is_detached=True) == 0
+    assert hand_over(cluster_of(FakeJobs(), is_owned=False), opened, report) == 0
     assert not opened.stop_file.exists()
     assert f"submitted as job {opened.run_id}-c1; follow with: svitt status {opened.path}" in lines()
+
+
+def test_a_stop_asked_of_a_controller_at_work_outlives_a_second_submit(
+    run: RunDir, report_lines: tuple
+) -> None:
+    report, lines = report_lines
+    jobs = FakeJobs()
+    first = start_controller(cluster_of(jobs), run)
+    jobs.states[first] = state(first, "RUNNING")
+    run.stop_file.touch()
+    assert hand_over(cluster_of(jobs, is_owned=False), run, report) == 0
+    assert run.stop_file.exists()
+    assert jobs.submitted == [first]
+    assert lines() == [f"at work already, as job {first}; follow with: svitt status {run.path}"]
 
 
 @pytest.fixture
@@ -255,7 +270,11 @@ def test_a_change_that_is_allowed_is_told_kept_and_taken_over(recipe: Recipe, tm
     other = recipe.model_copy(update={"log_every_steps": 3, "stages": (first, *recipe.stages[1:])})
     open_run(other, run.path, say=said.append)
     rate = recipe.stages[0].learning_rate
-    assert said == [f"changed, stages.0.learning_rate: the run has {rate}, the recipe now says 0.5"]
+    assert said == [
+        "changed (free), log_every_steps: the run has 10, the recipe now says 3",
+        f"changed (warned), stages.0.learning_rate: the run has {rate}, the recipe now says 0.5",
+        f"the recipe of before is kept in {run.path / 'recipe-1.yaml'}",
+    ]
     assert run.recipe() == other
     assert load_recipe(str(run.path / "recipe-1.yaml")) == recipe
     assert Ledger(run.ledger_file).read().facts["drift"] == [
@@ -269,6 +288,41 @@ def test_what_is_refused_can_be_allowed(recipe: Recipe, tmp_path: Path) -> None:
     open_run(recipe.model_copy(update={"seed": 7}), run.path, allow_drift=True)
     assert run.recipe().seed == 7
     assert Ledger(run.ledger_file).read().facts["drift"][0]["class"] == "refused"
+
+
+def refusal(recipe: Recipe, run_dir: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_run(recipe, run_dir)
+    return str(caught.value)
+
+
+def test_a_recipe_does_not_change_under_a_run_at_work(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    other = recipe.model_copy(update={"log_every_steps": 3})
+    with multiprocessing.get_context("fork").Pool(1) as pool, Lease(run.controller_lease):
+        said = pool.apply(refusal, (other, run.path))
+    assert "log_every_steps: the run has 10, the recipe now says 3" in said
+    assert "does not change under a run at work" in said
+    assert run.recipe() == recipe
+    assert "drift" not in Ledger(run.ledger_file).read().facts
+
+
+def test_a_change_told_by_a_command_that_was_killed_then_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(recipe, tmp_path / "run")
+    for seed in (7, 7, 0, 7):
+        old = recipe.model_copy(update={"seed": 7 - seed})
+        new = recipe.model_copy(update={"seed": seed})
+        record_drift(find_drift(old, new, RunState()), Ledger(run.ledger_file))
+    entries = Ledger(run.ledger_file).read().facts["drift"]
+    assert [(entry["old"], entry["new"]) for entry in entries] == [("0", "7"), ("7", "0"), ("0", "7")]
+
+
+def test_a_fresh_start_takes_the_first_name_that_is_free(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run.old-2").mkdir()
+    for kept in ("run.old-1", "run.old-3"):
+        put_aside(open_run(recipe, tmp_path / "run").path, say=lambda line: None)
+        assert (tmp_path / kept / "recipe.yaml").exists()
+        assert not list((tmp_path / kept).glob("*.lease"))
 
 
 def test_a_fresh_start_keeps_what_was_there(recipe: Recipe, tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_every_key_of_a_recipe_has_a_class(recipe: Recipe) -> None:
     for key in flat(recipe.model_dump(mode="json")):
-        assert class_of(key, RunState()) in ("free", "warned", "refused"), key
+        assert class_of(key, RunState(), 2) in ("free", "warned", "refused"), key
+        part = key.split(".")[0]
+        by_name = key in CLASSES or part == "stages"
+        assert by_name or CLASSES[part] == "refused" or part in ("world", "clips", "prepare"), key
     assert set(STAGE_CLASSES) == set(StageConfig.model_fields)
 
 
@@ -38,16 +41,17 @@ def test_a_stage_is_free_to_change_until_it_has_begun(
     if is_started:
         ledger.record_start(2, 1)
     ledger.record_stage(2, status)  # type: ignore[arg-type]
-    assert class_of("stages.1.keep_rate", ledger.read()) == expected
-    assert class_of("stages.1.learning_rate", ledger.read()) == ("refused" if status == "done" else "warned")
-    assert class_of("stages.2.keep_rate", ledger.read()) == "warned"
+    state = ledger.read()
+    assert class_of("stages.1.keep_rate", state, 3) == expected
+    assert class_of("stages.1.learning_rate", state, 3) == ("refused" if status == "done" else "warned")
+    assert class_of("stages.2.keep_rate", state, 3) == "warned"
 
 
 def test_the_longest_key_decides() -> None:
-    assert class_of("cluster.num_workers", RunState()) == "warned"
-    assert class_of("cluster.max_failures", RunState()) == "free"
-    assert class_of("model.video.width", RunState()) == "refused"
-    assert class_of("model.video.recompute", RunState()) == "free"
+    assert class_of("cluster.num_workers", RunState(), 2) == "warned"
+    assert class_of("cluster.max_failures", RunState(), 2) == "free"
+    assert class_of("model.video.width", RunState(), 2) == "refused"
+    assert class_of("model.video.recompute", RunState(), 2) == "free"
 
 
 def test_one_stage_more_and_a_shorter_list_are_told_key_by_key(recipe: Recipe) -> None:
@@ -57,6 +61,20 @@ def test_one_stage_more_and_a_shorter_list_are_told_key_by_key(recipe: Recipe) -
     other = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"betas": (0.9, 0.5)})})
     (drift,) = find_drift(recipe, other, RunState())
     assert (drift.key, drift.old, drift.new) == ("engine.betas", "[0.9, 0.98]", "[0.9, 0.5]")
+
+
+def test_stages_are_added_but_neither_taken_away_nor_moved(recipe: Recipe) -> None:
+    first, second = recipe.stages
+    third = second.model_copy(update={"name": "third"})
+
+    def refused(*stages: StageConfig) -> list[str]:
+        found = find_drift(recipe, recipe.model_copy(update={"stages": stages}), RunState())
+        assert found
+        return [drift.key for drift in found if drift.kind == "refused"]
+
+    assert refused(first, second, third) == []
+    assert refused(first) == ["stages.1.name"]
+    assert refused(second, first) == ["stages.0.name", "stages.1.name"]
 
 
 def test_a_stage_with_history_does_not_start_from_zero_by_itself(tmp_path: Path) -> None:

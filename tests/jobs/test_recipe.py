@@ -63,7 +63,11 @@ def test_every_fault_of_a_recipe_is_listed_at_once() -> None:
         ),
         (
             ("cluster.num_workers=2", "stages.0.name=first", "stages.0.global_batch_size=63"),
-            ("stage first: global_batch_size 63", "cluster.num_workers 2"),
+            (
+                "stage first: global_batch_size 63",
+                "does not divide by 2 workers",
+                "1, 3, 7, 9, 21 or 63 would do",
+            ),
         ),
         (
             ("loader.image_size=72", "model.video.image_size=96", "model.video.patch_size=24"),
