@@ -93,7 +93,7 @@ class DeepSpeedEngine:
             )
         self._files = engine.checkpoint_engine = _CheckpointFiles()
         # It would copy a conversion script into every checkpoint, where code has no place.
-        engine._copy_recovery_script = lambda path: None
+        engine._copy_recovery_script = lambda save_path: None
         self._engine: Any = engine
         self._order = StepOrder()
         self._grad_norm: float | None = None
@@ -260,7 +260,8 @@ class DeepSpeedEngine:
                 self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
             except OSError as error:  # of copying NVMe files; the other ranks are at what follows it
                 self._files.failure = error
-                self._engine.optimizer.checkpoint_event_epilogue()
+                if self._config.zero_stage == 3:
+                    self._engine.optimizer.checkpoint_event_epilogue()
                 dist.barrier()
         if self._files.failure is not None:
             raise EngineError(
@@ -327,7 +328,7 @@ class DeepSpeedEngine:
     def _convert(self, directory: Path, scratch: Path, num_writers: int) -> None:
         """Rank 0 converts while the others wait; what goes wrong there is raised on all."""
         outcome: list[str | None] = [None]
-        waiting = dist.new_group(backend="gloo", timeout=_CONVERSION_TIMEOUT)
+        waiting: Any = dist.new_group(backend="gloo", timeout=_CONVERSION_TIMEOUT)
         if rank() == 0:
             names = [name for name, p in self.module.named_parameters() if p.requires_grad]
             try:

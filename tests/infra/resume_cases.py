@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from engine_cases import Layers, batch, groups, live_bytes, saved_engine
+from engine_cases import Layers, batch, live_bytes, saved_engine
 from torch import Tensor
 
 from infra.config import EngineConfig
@@ -168,7 +168,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-FROZEN = [{"zero_stage": 1}, {"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3}]
+FROZEN = [{"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3}]
 
 
 def frozen_engine(case: dict[str, Any], seed: int) -> Any:
