@@ -91,6 +91,12 @@ class DeepSpeedEngine:
                 config=deepspeed_dict(config, micro_batch_size, on_gpu=self._device.type == "cuda"),
                 dist_init_required=False,
             )
+<<<<<<< HEAD
+=======
+        self._files = engine.checkpoint_engine = _CheckpointFiles()
+        # It would copy a conversion script into every checkpoint, where code has no place.
+        engine._copy_recovery_script = lambda save_path: None
+>>>>>>> part-2
         self._engine: Any = engine
         self._files = self._engine.checkpoint_engine = _CheckpointFiles()
         # It would copy a conversion script into every checkpoint, where code has no place.
@@ -260,7 +266,8 @@ class DeepSpeedEngine:
                 self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
             except OSError as error:  # of copying NVMe files; the other ranks are at what follows it
                 self._files.failure = error
-                self._engine.optimizer.checkpoint_event_epilogue()
+                if self._config.zero_stage == 3:
+                    self._engine.optimizer.checkpoint_event_epilogue()
                 dist.barrier()
         if self._files.failure is not None:
             raise EngineError(

@@ -92,7 +92,7 @@ def _restore_untrained(folder: Path, module: nn.Module) -> None:
         if name in saved["module"]:
             buffer.copy_(saved["module"][name])
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    sharded = {name: p for name, p in frozen.items() if hasattr(p, "ds_tensor")}
+    sharded: dict[str, Any] = {name: p for name, p in frozen.items() if hasattr(p, "ds_tensor")}
     for name in frozen.keys() - sharded.keys():
         frozen[name].copy_(saved["module"][name])
     if not sharded:

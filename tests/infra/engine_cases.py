@@ -151,13 +151,6 @@ def saved_engine(seed: int, case: dict[str, Any]) -> Any:
         return build_engine(module, groups(module), EngineConfig(**case), micro_batch_size=4)
 
 
-def load_at_another_size(rank: int, folder: str) -> None:
-    module = tiny()
-    engine = build_engine(module, groups(module), EngineConfig(zero_stage=2), micro_batch_size=4)
-    with pytest.raises(EngineError, match="at world size 1 and ZeRO stage 2 failed"):
-        engine.load(saved_folders(folder)[0])
-
-
 class TwoParts(nn.Module):
     """An encoder and a head, called apart as a cached contrastive loss does; `spare` is not part of every step."""
 

@@ -168,7 +168,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-FROZEN = [{"zero_stage": 1}, {"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3}]
+FROZEN = [{"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3}]
 
 
 def frozen_engine(case: dict[str, Any], seed: int) -> Any:

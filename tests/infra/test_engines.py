@@ -1,5 +1,6 @@
 """PlainEngine by hand; DeepSpeedEngine against PlainEngine; resuming bit for bit."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ import engine_cases as cases
 import pytest
 import torch
 from engine_cases import groups, tiny, train
+from fault_cases import disk_full
 from torch import nn
 from two_ranks import run_two
 
 from infra.config import EngineConfig
-from infra.engine import EngineError, PlainEngine, adamw, build_engine, require_precision
+from infra.engine import EngineError, PlainEngine, adamw, all_finite, build_engine, require_precision
 
 
 def test_the_first_step_of_the_plain_engine_is_adamw_by_hand() -> None:
@@ -75,7 +77,6 @@ def test_every_zero_stage_equals_the_plain_engine_and_resumes_bit_for_bit(tmp_pa
     run_two(cases.compare_all_and_save, str(folder), tmp_path)
     assert not list(folder.rglob("*.py"))
     run_two(cases.load_and_train, str(folder), tmp_path)
-    run_two(cases.load_at_another_size, str(folder), tmp_path, world_size=1)
 
 
 @pytest.mark.dist
@@ -121,11 +122,43 @@ def test_calls_out_of_order_are_refused() -> None:
             engine.step(lr=0.1)
         with pytest.raises(EngineError, match=r"gradients\(\) was called inside accumulate"):
             engine.gradients()
+        with pytest.raises(EngineError, match=r"has_finite_gradient\(\) was called inside accumulate"):
+            engine.has_finite_gradient()
     engine.step(lr=0.1)
     with pytest.raises(EngineError, match="after 0 backward calls"), engine.accumulate():
         raise EngineError("after 0 backward calls")
     with pytest.raises(EngineError, match=r"after an error had ended accumulate\(\)"):
         engine.step(lr=0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_found_and_refused(value: float) -> None:
+    engine = plain()
+    before = engine.consolidated_state_dict()
+    engine.backward(engine.module.get_parameter("second.bias")[0] * value)
+    assert not engine.has_finite_gradient()
+    with pytest.raises(EngineError, match="not finite and updated nothing"):
+        engine.step(lr=0.1)
+    for name, tensor in engine.consolidated_state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    engine.backward(engine.module.get_parameter("second.bias")[0] * 3e38)
+    assert engine.has_finite_gradient()
+
+
+def test_extremes_show_what_is_not_finite_in_any_place_and_type() -> None:
+    assert all_finite([])
+    assert all_finite([torch.zeros(0), torch.tensor([3e38, -3e38])])
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in range(3):
+            tensor = torch.zeros(3, dtype=torch.bfloat16)
+            tensor[place] = bad
+            assert not all_finite([torch.zeros(2, 2), tensor])
+
+
+def test_the_plain_engine_says_when_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(EngineError, match=r"No space left on device.*save again"):
+        plain().save(tmp_path)
 
 
 def test_the_fused_optimizer_computes_the_same() -> None:
