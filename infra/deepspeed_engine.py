@@ -91,16 +91,10 @@ class DeepSpeedEngine:
                 config=deepspeed_dict(config, micro_batch_size, on_gpu=self._device.type == "cuda"),
                 dist_init_required=False,
             )
-<<<<<<< HEAD
-=======
         self._files = engine.checkpoint_engine = _CheckpointFiles()
         # It would copy a conversion script into every checkpoint, where code has no place.
         engine._copy_recovery_script = lambda save_path: None
->>>>>>> part-2
         self._engine: Any = engine
-        self._files = self._engine.checkpoint_engine = _CheckpointFiles()
-        # It would copy a conversion script into every checkpoint, where code has no place.
-        self._engine._copy_recovery_script = lambda path: None
         self._order = StepOrder()
         self._grad_norm: float | None = None
 

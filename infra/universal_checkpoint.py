@@ -101,7 +101,6 @@ def _restore_untrained(folder: Path, module: nn.Module) -> None:
         saved["frozen_param_fragments"],
         *(_read(path)["frozen_param_fragments"] for path in files[1:]),
     ]
-    parameter: Any  # with the attributes that ZeRO 3 gives it
     for name, parameter in sharded.items():
         whole = torch.cat([part[name].flatten() for part in fragments])[: parameter.ds_numel]
         own = parameter.ds_tensor
