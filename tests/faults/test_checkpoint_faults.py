@@ -182,7 +182,7 @@ def test_two_starts_that_save_the_same_step_do_not_mix(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written survives a kill without being flushed, so flushing, which takes most of the time, is only counted."""
+    """A kill costs nothing that was not flushed, so flushing, which takes most of the time, is only counted."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
