@@ -52,9 +52,7 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there as a whole, in ascending order."""
-        named = [STEP_FOLDER.fullmatch(name) for name in _names_in(self._root)]
-        steps = sorted(int(match.group(1)) for match in named if match)
-        return [step for step in steps if MANIFEST in _names_in(self._root / _name(step))]
+        return [step for step in self._begun() if MANIFEST in _names_in(self._root / _name(step))]
 
     def copy_soon(self, steps: Collection[int], keep: Collection[int] = ()) -> None:
         """Have these steps copied in the background, the newest first, and then those deleted that are older than all
@@ -103,7 +101,7 @@ class Mirror:
             for step in steps:
                 self._retrying(lambda step=step: self._copy_over(step))
                 waiting.remove(step)
-            for step in self.steps():
+            for step in self._begun():
                 if step not in keep and step < max(steps):
                     self._delete(step)
         except Exception as error:  # each storage raises its own kinds
@@ -115,6 +113,11 @@ class Mirror:
                 error,
                 ", ".join(map(str, sorted(waiting))) or "to be deleted",
             )
+
+    def _begun(self) -> list[int]:
+        """Steps of which anything is there, in ascending order."""
+        named = [STEP_FOLDER.fullmatch(name) for name in _names_in(self._root)]
+        return sorted(int(match.group(1)) for match in named if match)
 
     def _retrying(self, action: Callable[[], object]) -> None:
         for delay_s in (*self._delays_s, None):
@@ -158,7 +161,8 @@ class Mirror:
 
     def _delete(self, step: int) -> None:
         folder = self._root / _name(step)
-        (folder / MANIFEST).unlink()  # first: without it the rest is no checkpoint
+        if MANIFEST in _names_in(folder):
+            (folder / MANIFEST).unlink()  # first: without it the rest is no checkpoint
         if isinstance(folder, Path):
             shutil.rmtree(folder)
         else:

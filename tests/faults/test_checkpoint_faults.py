@@ -180,6 +180,12 @@ def test_two_starts_that_save_the_same_step_do_not_mix(tmp_path: Path) -> None:
 # One file operation after the other
 
 
+@pytest.fixture
+def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill costs nothing that was not flushed, so flushing, which takes most of the time, is only counted."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 class Operations:
     """Counts what a process does to the files of a folder and, armed, does something else at the n-th."""
 
@@ -222,6 +228,7 @@ def save_with(folder: Path, steps: tuple[int, int], at: Callable[[int], None]) -
     save(store, steps[1])
 
 
+@pytest.mark.usefixtures("unflushed")
 @pytest.mark.parametrize("kind", SAVES)
 def test_killed_between_any_two_file_operations_a_good_checkpoint_is_there(kind: str, tmp_path: Path) -> None:
     steps = SAVES[kind]
@@ -247,6 +254,7 @@ def test_killed_between_any_two_file_operations_a_good_checkpoint_is_there(kind:
     assert newest_steps[-1] == steps[1]
 
 
+@pytest.mark.usefixtures("unflushed")
 @pytest.mark.parametrize("kind", SAVES)
 def test_when_the_folder_is_read_only_from_any_operation_on_a_good_checkpoint_is_there(
     kind: str, tmp_path: Path
@@ -281,6 +289,37 @@ def test_when_the_folder_is_read_only_from_any_operation_on_a_good_checkpoint_is
     # Until it is published a save fails, from then on it does not: what cannot be deleted is only said.
     assert 30 < outcomes.count(True) < MAX_OPERATIONS
     assert outcomes == sorted(outcomes, reverse=True)
+
+
+@pytest.mark.usefixtures("unflushed")
+def test_killed_between_any_two_file_operations_of_copying_a_good_copy_is_there(tmp_path: Path) -> None:
+    def copy(folder: Path, number: int) -> None:
+        store = CheckpointStore(folder / "here", keep_last=1, mirror=str(folder / "there"))
+        save(store, 1)
+        store.finish_mirror()
+        operations = Operations(folder / "there")
+        operations.at = lambda n: os._exit(9) if n == number else None
+        save(store, 2)
+        store.finish_mirror()
+
+    def copy_killed_at(number: int, folder: Path) -> int:
+        return in_child(lambda: copy(folder, number))
+
+    newest_steps: list[int | None] = []
+    for number in range(1, MAX_OPERATIONS):
+        folder = tmp_path / str(number)
+        code = copy_killed_at(number, folder)
+        elsewhere = CheckpointStore(folder / "elsewhere", mirror=str(folder / "there"))
+        newest_steps.append(newest_step(elsewhere))
+        if code == 0:
+            break
+        again = CheckpointStore(folder / "here", keep_last=1, mirror=str(folder / "there"))
+        save(again, 3)
+        again.finish_mirror()
+        assert names_in(folder / "there") == ["step-00000003"]
+    assert 10 < len(newest_steps) < MAX_OPERATIONS - 1
+    assert newest_steps == sorted(newest_steps)
+    assert set(newest_steps) == {1, 2}
 
 
 # Random kills
