@@ -575,9 +575,12 @@ def best_steps(context: StageContext) -> list[int]:
 
 
 def mirror_of(context: StageContext) -> str | None:
-    """Where copies of this stage's checkpoints go."""
-    mirror = context.recipe.checkpoint.mirror
-    return None if mirror is None else f"{mirror.rstrip('/')}/{context.run.run_id}/stage-{context.number}"
+    """Where copies of this stage's checkpoints go; a run that was started afresh finds none of the one before."""
+    mirror, path = context.recipe.checkpoint.mirror, context.run.path
+    if mirror is None:
+        return None
+    life = len(list(path.parent.glob(f"{path.name}.old-*")))
+    return f"{mirror.rstrip('/')}/{context.run.run_id}-{life}/stage-{context.number}"
 
 
 def reporter(
