@@ -57,7 +57,7 @@ def open_run(
 
 
 def take_over(recipe: Recipe, run: RunDir, allow_drift: bool, say: Say) -> None:
-    """Makes a changed recipe that of a run. Raises ConfigError naming what may not differ, or what differs while the run
+    """Makes a changed recipe that of a run. Raises ConfigError naming what may not differ, or what does while the run
     is driven: of its ranks some would read the old recipe and some the new.
     """
     ledger = Ledger(run.ledger_file)
