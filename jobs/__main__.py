@@ -218,6 +218,21 @@ def report(
     return write_report(run, output or run.path / "report.html", _report(), pictures)
 
 
+def compare(
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN_DIR", help="Run directories; the first is what the others are held against."),
+    ],
+    html: Annotated[Path | None, tyro.conf.arg(help="Also as a page with curves.")] = None,
+    csv: Annotated[Path | None, tyro.conf.arg(help="Also as CSV.")] = None,
+) -> int:
+    """Show what differs between runs: settings, data, code; their scores, and whether that is luck; their cost."""
+    from jobs.compare import compare as run
+
+    return run(runs, _report(), html, csv)
+
+
 def export(
     run_dir: RunArg,
     output: Annotated[Path, tyro.conf.arg(help="The folder to write; must not exist.")],
@@ -479,6 +494,7 @@ VERBS = {
         control,
         evaluate,
         report,
+        compare,
         export,
         embed,
         search,
