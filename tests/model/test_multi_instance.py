@@ -20,7 +20,8 @@ def hot(*rows: tuple[int, ...]) -> np.ndarray:
 
 def test_relevancy_is_the_mean_of_the_overlaps_of_verbs_and_nouns() -> None:
     found = relevancy(hot((0,), (1,)), hot((0, 1), (2,)), hot((0,), (2,), (1, 0)), hot((1, 2), (2,), (3,)))
-    # Query 0: same verb, one noun of three; nothing; one verb of two. Query 1: one noun of two; noun alone; one verb of two.
+    # Query 0 and the candidates: same verb and one noun of three; nothing; one verb of two. Query 1: one noun of two;
+    # the same noun; one verb of two.
     expected = [[(1 + 1 / 3) / 2, 0, (1 / 2 + 0) / 2], [(0 + 1 / 2) / 2, 1 / 2, (1 / 2 + 0) / 2]]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)
     assert relevancy(hot((1, 2)), hot((3, 0)), hot((1, 2)), hot((3, 0))).tolist() == [[1]]
