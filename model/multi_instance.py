@@ -9,7 +9,7 @@ order to the sort.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,13 @@ def _relevance_as_ranked(similarity_QC: np.ndarray, relevance_QC: np.ndarray) ->
             f"similarity has shape {similarity_QC.shape} and relevance {relevance_QC.shape}; both must be (queries, "
             "candidates), and neither empty"
         )
-    _require_all(np.isfinite(similarity_QC).all(axis=1), "a similarity that is not finite")
-    _require_all(((relevance_QC >= 0) & (relevance_QC <= 1)).all(axis=1), "a relevance outside 0..1")
+    _require_all(np.all(np.isfinite(similarity_QC), axis=1), "a similarity that is not finite")
+    _require_all(np.all((relevance_QC >= 0) & (relevance_QC <= 1), axis=1), "a relevance outside 0..1")
     order_QC = np.lexsort((relevance_QC, -similarity_QC), axis=1)
     return np.take_along_axis(relevance_QC.astype(np.float64), order_QC, axis=1)
 
 
-def _require_all(is_good_Q: Shaped[np.ndarray, " Q"], what: str) -> None:
+def _require_all(is_good_Q: Bool[np.ndarray, " Q"], what: str) -> None:
     if not is_good_Q.all():
         bad = np.flatnonzero(~is_good_Q)
         raise ValueError(f"{len(bad)} queries have {what}, first {bad[:5].tolist()}")

@@ -2,7 +2,8 @@
 EPIC_100_retrieval_test_sentence.csv, or the pair of train.
 
 Clips are the rows of the first file; captions are the distinct narrations of the second, each known by the clip that it
-comes from and having that clip's classes. Narration times are no part of it: clips get their middle. A benchmark is scored whole or not at all, so one bad row stops the reading.
+comes from and having its classes. Narration times are no part of it: clips get their middle. A benchmark is scored
+whole or not at all, so one bad row stops the reading.
 """
 
 from collections.abc import Sequence

@@ -10,10 +10,11 @@ import pytest
 from pipeline.epic_retrieval import RetrievalSet, read_epic_retrieval
 from pipeline.errors import DataError
 
-NAMES = (
+HEADER = (
     "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,"
     "stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
-).split(",")
+)
+NAMES = HEADER.split(",")
 PLATE = (
     "P01_11_0,P01,P01_11,00:00:00.560,00:00:00.00,00:00:01.89,1,113,take plate,take,0,plate,2,['plate'],[2]"
 )
@@ -36,7 +37,7 @@ def changed(**changes: str) -> str:
 
 def read(folder: Path, clips=(PLATE, KNIFE, AGAIN), sentences=SENTENCES) -> RetrievalSet:
     clips_path, captions_path = folder / "test.csv", folder / "test_sentence.csv"
-    clips_path.write_text("\n".join([",".join(NAMES), *clips]) + "\n")
+    clips_path.write_text("\n".join([HEADER, *clips]) + "\n")
     captions_path.write_text("\n".join(["narration_id,narration", *sentences]) + "\n")
     return read_epic_retrieval(clips_path, captions_path)
 
