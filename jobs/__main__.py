@@ -199,11 +199,28 @@ def control(run_dir: RunArg, address: Address = None) -> int:
 def evaluate(
     run_dir: RunArg,
     stage: Annotated[int | None, tyro.conf.arg(help="Default: the newest stage with a checkpoint.")] = None,
+    retrieval: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Also text-video retrieval over all held-out clips."),
+    ] = False,
+    vtm: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Also EgoMCQ by the matching head.")
+    ] = False,
+    sweep: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(
+            metavar="SETTING=VALUES",
+            help="Also EgoMCQ against cost under other sparsity, such as keep_rate=0.5,0.7; may be repeated: all "
+            "combinations.",
+        ),
+    ] = (),
 ) -> int:
     """Score a stage's newest checkpoint again: EgoMCQ inter and intra, the temporal probe."""
-    from jobs.rescore import rescore
+    from jobs.rescore import Extras, rescore
 
-    return rescore(_open(run_dir), stage, _report())
+    return rescore(_open(run_dir), stage, _report(), Extras(retrieval, vtm, sweep))
 
 
 def report(

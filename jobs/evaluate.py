@@ -1,4 +1,4 @@
-"""Scores of one model: EgoMCQ inter and intra, and the temporal probe.
+"""Scores of one model: EgoMCQ inter and intra, by features or by the matching head, and the temporal probe.
 
 Every distinct clip is encoded once, split over the ranks without padding; questions are scored on features gathered
 to every rank. Questions that lost a clip at preparation are counted, never scored.
@@ -7,24 +7,31 @@ to every rank. Questions that lost a clip at preparation are counted, never scor
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jobs.batch_work import normalise
+from jobs.answers import Answer, make_answers
+from jobs.encoder import Encoder, HeldOutClips
 from jobs.ranks import Ranks
 from model.metrics import McqScore, egomcq_accuracy, egomcq_scores
-from model.video_text_model import VideoTextModel
-from pipeline.config import LoaderConfig
-from pipeline.loader import FrameOrder, eval_batches
+from pipeline.loader import FrameOrder
 from pipeline.questions import McqQuestion, McqSet
 from pipeline.store import ClipStore
-from pipeline.text import CaptionTokenizer
+
+__all__ = ["Encoder", "Evaluation", "EvaluationError", "score_by_matching", "score_egomcq", "score_questions"]
 
 INTER, INTRA = "eval/egomcq/inter_video", "eval/egomcq/intra_video"
+MATCHED_INTER, MATCHED_INTRA = "eval/egomcq_vtm/inter_video", "eval/egomcq_vtm/intra_video"
 PROBE_ORDERED, PROBE_SHUFFLED = "eval/temporal_probe/ordered", "eval/temporal_probe/shuffled"
+PROBE_REVERSED = "eval/temporal_probe/reversed"
 _KIND_NAMES = {"inter": INTER, "intra": INTRA}
+_MATCHED_KIND_NAMES = {"inter": MATCHED_INTER, "intra": MATCHED_INTRA}
+_PROBE_NAMES: dict[FrameOrder, str] = {
+    "ordered": PROBE_ORDERED,
+    "shuffled": PROBE_SHUFFLED,
+    "reversed": PROBE_REVERSED,
+}
 
 
 class EvaluationError(RuntimeError):
@@ -34,10 +41,13 @@ class EvaluationError(RuntimeError):
 @dataclass(frozen=True)
 class Evaluation:
     """Scores under their metric names; kinds without questions are absent. The temporal probe scores the intra
-    questions that have the reversed verb among their distractors, once with frames in order and once shuffled."""
+    questions that have the reversed verb among their distractors: with frames in order, shuffled and backwards.
+    `answers` are those to all readable questions, frames in order.
+    """
 
     scores: dict[str, McqScore]
     num_unreadable: int
+    answers: tuple[Answer, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Flat names and numbers for the journal; accuracies and intervals in percent."""
@@ -56,45 +66,6 @@ class Evaluation:
         return flat
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """A model with what it needs to turn rows of a store into features; evaluation mode, no gradient."""
-
-    model: VideoTextModel
-    tokenizer: CaptionTokenizer
-    loader: LoaderConfig
-    batch_size: int
-    device: torch.device
-
-    @torch.no_grad()
-    def clips(
-        self, store: ClipStore, rows: Sequence[int], frame_order: FrameOrder = "ordered"
-    ) -> Float[Tensor, "N P"]:
-        """Video features of the given rows, float32 on the CPU."""
-        num_frames = self.model.config.video.num_frames
-        batches = eval_batches(
-            store, rows, self.tokenizer, self.loader, num_frames, self.batch_size, frame_order
-        )
-        features = [
-            self.model.encode_video(
-                normalise(batch.video_BTCHW, self.device, torch.float32)
-            ).features_BP.cpu()
-            for batch in batches
-        ]
-        return torch.cat(features) if features else torch.zeros(0, self.model.config.joint_width)
-
-    @torch.no_grad()
-    def captions(self, captions: Sequence[str]) -> Float[Tensor, "N P"]:
-        """Text features of the given captions, float32 on the CPU."""
-        features = []
-        for first in range(0, len(captions), 4 * self.batch_size):
-            ids_BL, mask_BL = self.tokenizer(captions[first : first + 4 * self.batch_size])
-            features.append(
-                self.model.encode_text(ids_BL.to(self.device), mask_BL.to(self.device)).features_BP
-            )
-        return torch.cat(features).float().cpu()
-
-
 def score_egomcq(
     encoder: Encoder, store: ClipStore, mcq: McqSet, ranks: Ranks, max_unreadable_share: float
 ) -> Evaluation:
@@ -102,40 +73,62 @@ def score_egomcq(
 
     Raises EvaluationError when more questions are unreadable than allowed, or none is readable.
     """
+    return score_questions(HeldOutClips(encoder, store, ranks), mcq, max_unreadable_share)
+
+
+def score_questions(
+    clips: HeldOutClips, mcq: McqSet, max_unreadable_share: float, with_probe: bool = True
+) -> Evaluation:
+    """The same on clips that other scores look at too."""
+    _require_readable(mcq, max_unreadable_share)
+    scores_QK = _feature_scores(clips, mcq.questions, "ordered")
+    scores = {_KIND_NAMES[kind]: score for kind, score in _accuracy(scores_QK, mcq.questions).items()}
+    probe = [question for question in mcq.questions if question.is_probe]
+    if probe and with_probe:
+        for frame_order, name in _PROBE_NAMES.items():
+            scores[name] = _accuracy(_feature_scores(clips, probe, frame_order), probe)["intra"]
+    return Evaluation(scores, len(mcq.unreadable), make_answers(mcq.questions, scores_QK))
+
+
+def score_by_matching(clips: HeldOutClips, mcq: McqSet, max_unreadable_share: float) -> Evaluation:
+    """All readable questions by fusion layers and matching head, all five clips of each. Collective.
+
+    Every clip is encoded again, so it takes longer than by features. Raises EvaluationError as `score_egomcq` does,
+    and for a model whose matching head was not trained.
+    """
+    _require_readable(mcq, max_unreadable_share)
+    config = clips.encoder.model.config
+    if config.vtm_weight == 0 or config.text.num_fusion_layers == 0:
+        raise EvaluationError(
+            f"the model has {config.text.num_fusion_layers} fusion layers and was trained with vtm_weight "
+            f"{config.vtm_weight}: it has no matching head to score with; leave --vtm out"
+        )
+    choices = [clip_id for question in mcq.questions for clip_id in question.choices]
+    rows_QK = clips.store.rows_of(choices).reshape(len(mcq.questions), -1)
+    scores_QK = clips.matches([question.caption for question in mcq.questions], rows_QK)
+    by_kind = _accuracy(scores_QK, mcq.questions)
+    scores = {_MATCHED_KIND_NAMES[kind]: score for kind, score in by_kind.items()}
+    return Evaluation(scores, len(mcq.unreadable), make_answers(mcq.questions, scores_QK))
+
+
+def _require_readable(mcq: McqSet, max_unreadable_share: float) -> None:
     if len(mcq.unreadable) > max_unreadable_share * mcq.num_total or not mcq.questions:
         raise EvaluationError(
             f"{len(mcq.unreadable)} of {mcq.num_total} EgoMCQ questions lost a clip at preparation (allowed: "
             f"{max_unreadable_share:.1%}); see rejected.jsonl beside the shards, repair the videos and run "
             f"prepare again, or raise evaluation.max_unreadable_share"
         )
-    encoder.model.eval()
-    scores = _named(_score(encoder, store, mcq.questions, "ordered", ranks))
-    probe = [question for question in mcq.questions if question.is_probe]
-    if probe:
-        scores[PROBE_ORDERED] = _score(encoder, store, probe, "ordered", ranks)["intra"]
-        scores[PROBE_SHUFFLED] = _score(encoder, store, probe, "shuffled", ranks)["intra"]
-    return Evaluation(scores, len(mcq.unreadable))
 
 
-def _named(by_kind: dict[str, McqScore]) -> dict[str, McqScore]:
-    return {_KIND_NAMES[kind]: score for kind, score in by_kind.items()}
-
-
-def _score(
-    encoder: Encoder,
-    store: ClipStore,
-    questions: Sequence[McqQuestion],
-    frame_order: FrameOrder,
-    ranks: Ranks,
-) -> dict[str, McqScore]:
-    clip_ids = sorted({clip_id for question in questions for clip_id in question.choices})
-    position = {clip_id: index for index, clip_id in enumerate(clip_ids)}
-    rows = store.rows_of(clip_ids)
-    mine = np.arange(ranks.rank, len(rows), ranks.world_size)
-    video_NP = torch.zeros(len(rows), encoder.model.config.joint_width)
-    for owned, features in ranks.gather((mine, encoder.clips(store, rows[mine].tolist(), frame_order))):
-        video_NP[torch.from_numpy(owned)] = features
-    choices_QK = torch.tensor([[position[clip_id] for clip_id in question.choices] for question in questions])
-    scores_QK = egomcq_scores(encoder.captions([q.caption for q in questions]), video_NP[choices_QK])
+def _accuracy(scores_QK: Tensor, questions: Sequence[McqQuestion]) -> dict[str, McqScore]:
     answers_Q = torch.tensor([question.answer for question in questions])
     return egomcq_accuracy(scores_QK, answers_Q, [question.kind for question in questions])
+
+
+def _feature_scores(
+    clips: HeldOutClips, questions: Sequence[McqQuestion], frame_order: FrameOrder
+) -> Float[Tensor, "Q K"]:
+    clip_ids = [clip_id for question in questions for clip_id in question.choices]
+    video_XP = clips.video(clips.store.rows_of(clip_ids).tolist(), frame_order)
+    video_QKP = video_XP.unflatten(0, (len(questions), -1))
+    return egomcq_scores(clips.text([question.caption for question in questions]), video_QKP)

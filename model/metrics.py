@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 EGOMCQ_KINDS = ("inter", "intra")
+RECALLS_AT = (1, 5, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,18 @@ def egomcq_scores(
     text = torch.nn.functional.normalize(text_features_QP.float(), dim=-1)
     choices = torch.nn.functional.normalize(choice_features_QKP.float(), dim=-1)
     return torch.einsum("qp,qkp->qk", text, choices)
+
+
+def egomcq_predictions(scores_QK: Float[Tensor, "Q K"]) -> Int[Tensor, " Q"]:
+    """The choice whose score is greater than every other; -1 where there is none: a tie, or scores that are no numbers.
+
+    Raises ValueError when there is nothing to choose from.
+    """
+    if scores_QK.shape[1] < 2:
+        raise ValueError(f"scores have shape {tuple(scores_QK.shape)}: a question has at least 2 choices")
+    best_Q2 = scores_QK.topk(2, dim=1)
+    is_strict_Q = (best_Q2.values[:, 0] > best_Q2.values[:, 1]) & ~scores_QK.isnan().any(dim=1)
+    return best_Q2.indices[:, 0].where(is_strict_Q, -1)
 
 
 def egomcq_accuracy(
@@ -58,7 +71,7 @@ def egomcq_accuracy(
     answer_Q1 = answers_Q[:, None]
     of_answer_Q = scores_QK.gather(1, answer_Q1).squeeze(1)
     best_other_Q = scores_QK.scatter(1, answer_Q1, float("-inf")).max(dim=1).values
-    correct_Q, tied_Q = of_answer_Q > best_other_Q, of_answer_Q == best_other_Q
+    correct_Q, tied_Q = egomcq_predictions(scores_QK) == answers_Q, of_answer_Q == best_other_Q
     results = {}
     for kind in EGOMCQ_KINDS:
         chosen = torch.tensor([own == kind for own in kinds], dtype=torch.bool, device=scores_QK.device)
@@ -85,42 +98,53 @@ def wilson_interval(num_correct: int, num_trials: int, z: float = 1.959964) -> t
 
 
 @dataclass(frozen=True, slots=True)
-class RetrievalScore:
-    """One direction of retrieval; recalls in percent, ranks from 1."""
+class RecallScore:
+    """Share of the queries whose target is among the best `k`, in percent, with its 95 % interval (Wilson)."""
 
-    recall_1: float
-    recall_5: float
-    recall_10: float
+    num_found: int
+    recall: float
+    interval_low: float
+    interval_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalScore:
+    """One direction of retrieval; recalls in percent, ranks from 1, the median of an even number in the middle."""
+
+    recalls: dict[int, RecallScore]
     median_rank: float
     num_queries: int
 
 
-def retrieval(
-    similarity_QC: Float[Tensor, "Q C"],
-    targets: Int[Tensor, " Q"] | Bool[Tensor, "Q C"] | None = None,
-) -> RetrievalScore:
-    """Recall of each query's target (default: the diagonal). Ties count against the query.
+def target_ranks(
+    similarity_QC: Float[Tensor, "Q C"], targets: Int[Tensor, " Q"] | Bool[Tensor, "Q C"]
+) -> Int[Tensor, " Q"]:
+    """Rank of each query's target among the candidates, from 1. Ties count against the query.
 
-    `targets` are the index of each query's target, or True at all its targets, of which the best counts (a video
-    with several captions). Swap the axes for the other direction. Raises ValueError when there is nothing to rank,
-    or a query has no target.
+    `targets` are the index of each query's target, or True at all its targets, of which the best counts (a caption
+    that fits several clips). Other targets of the query are not in its way, a score that is not a number is. Swap the
+    axes for the other direction. Raises ValueError when there is nothing to rank, or a query has no target.
     """
-    num_queries, num_candidates = similarity_QC.shape
-    if num_queries == 0 or num_candidates == 0:
+    if 0 in similarity_QC.shape:
         raise ValueError(f"nothing to rank: similarity has shape {tuple(similarity_QC.shape)}")
-    if targets is None:
-        if num_queries != num_candidates:
-            raise ValueError(f"similarity {tuple(similarity_QC.shape)} is not square: name the targets")
-        targets = torch.arange(num_queries, device=similarity_QC.device)
     if targets.dtype != torch.bool:
         targets = torch.zeros_like(similarity_QC, dtype=torch.bool).scatter_(1, targets[:, None], True)
     if not bool(targets.any(dim=1).all()):
         raise ValueError(f"queries {(~targets.any(dim=1)).nonzero().flatten().tolist()} have no target")
     best_Q1 = similarity_QC.masked_fill(~targets, float("-inf")).max(dim=1, keepdim=True).values
-    # "Not less" and not ">=": a score that is not a number ranks ahead of the target, never behind it. Other targets
-    # of the query are not in its way.
+    # "Not less" and not ">=": a score that is not a number ranks ahead of the target, never behind it.
     ahead_QC = ~(similarity_QC < best_Q1) & ~targets
-    rank_Q = 1 + ahead_QC.sum(dim=1)
-    recall_1, recall_5, recall_10 = (100 * float((rank_Q <= k).float().mean()) for k in (1, 5, 10))
-    median_rank = float(rank_Q.double().quantile(0.5))
-    return RetrievalScore(recall_1, recall_5, recall_10, median_rank, num_queries)
+    return 1 + ahead_QC.sum(dim=1)
+
+
+def retrieval_score(rank_Q: Int[Tensor, " Q"]) -> RetrievalScore:
+    """Recall at 1, 5 and 10 and the median of ranks. Raises ValueError when there are none."""
+    num_queries = len(rank_Q)
+    if num_queries == 0:
+        raise ValueError("no ranks: there is no query to score")
+    recalls = {}
+    for k in RECALLS_AT:
+        found = int((rank_Q <= k).sum())
+        low, high = wilson_interval(found, num_queries)
+        recalls[k] = RecallScore(found, 100 * found / num_queries, 100 * low, 100 * high)
+    return RetrievalScore(recalls, float(rank_Q.double().quantile(0.5)), num_queries)

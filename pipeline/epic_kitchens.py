@@ -6,7 +6,7 @@ are those of EPIC's own taxonomy. Lists are parsed as integers and never evaluat
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline.clip_table import ClipTable, ClipTableBuilder
 from pipeline.egoclip import parse_tags
@@ -17,6 +17,7 @@ from pipeline.storage import StoragePath
 NARRATION_TIME = "narration_timestamp"
 # What is read; files have more columns. NARRATION_TIME may be absent.
 COLUMNS = ("video_id", "start_timestamp", "stop_timestamp", "narration", "verb_class", "all_noun_classes")
+_EXPECTED = "EPIC_100_train.csv or EPIC_100_validation.csv; the test files have no narrations and no classes"
 NARRATION_SET_TO_MIDDLE = "narration_time_set_to_middle"
 NO_NOUNS = "no_noun_class"
 _TIMESTAMP = re.compile(r"([0-9]{2}):([0-5][0-9]):([0-5][0-9](?:\.[0-9]{1,9})?)")
@@ -38,31 +39,33 @@ def read_epic_kitchens(path: StoragePath) -> tuple[ClipTable, ReadReport]:
     clip: counted. Rows that cannot be used are skipped and counted; all with line numbers. Raises DataError when there
     is no file or a column is missing.
     """
-    return read_rows(_rows(path), _add_row)
+    return read_rows(read_csv(path, COLUMNS, _EXPECTED), _add_row)
 
 
-def _rows(path: StoragePath) -> Iterator[tuple[int, dict[str, str] | RowError]]:
-    """Yields (line number, column -> cell, or what is wrong with the line)."""
+def read_csv(
+    path: StoragePath, columns: Sequence[str], expected: str
+) -> Iterator[tuple[int, dict[str, str] | RowError]]:
+    """Yields (line number, column -> cell, or what is wrong with the line) of a file that has at least `columns`.
+
+    Raises DataError, which says what file was `expected`, when there is none or a column is missing.
+    """
     if not path.is_file():
-        raise DataError(
-            f"no EPIC-KITCHENS file at {path}; expected EPIC_100_train.csv or EPIC_100_validation.csv"
-        )
+        raise DataError(f"no EPIC-KITCHENS file at {path}; expected {expected}")
     with path.open("rb") as lines:
         header = lines.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
-        names = _names(path, header)
+        names = _names(path, header, columns, expected)
         for line_number, raw in enumerate(lines, start=2):
             if raw.strip():
                 yield line_number, _row(raw, names)
 
 
-def _names(path: StoragePath, header: str) -> list[str]:
+def _names(path: StoragePath, header: str, columns: Sequence[str], expected: str) -> list[str]:
     names = [name.strip().strip('"') for name in header.split(",")]
-    missing = [name for name in COLUMNS if name not in names]
+    missing = [name for name in columns if name not in names]
     if missing:
         raise DataError(
             f"{path}: the header lacks {', '.join(missing)}. Found {len(names)} comma separated column(s): "
-            f"{header[:200]!r}. Expected EPIC_100_train.csv or EPIC_100_validation.csv; the test files have no "
-            "narrations and no classes"
+            f"{header[:200]!r}. Expected {expected}"
         )
     return names
 

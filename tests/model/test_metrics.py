@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from model.metrics import egomcq_accuracy, egomcq_scores, retrieval, wilson_interval
+from model.metrics import (
+    egomcq_accuracy,
+    egomcq_predictions,
+    egomcq_scores,
+    retrieval_score,
+    target_ranks,
+    wilson_interval,
+)
+
+NAN = float("nan")
 
 
 def test_egomcq_by_hand() -> None:
@@ -71,28 +80,49 @@ def test_wilson_interval_has_the_known_widths() -> None:
     assert wilson_interval(5, 5)[1] == 1
 
 
+def test_a_prediction_is_the_only_best_choice_or_none() -> None:
+    scores = torch.tensor(
+        [[0.1, 0.5, 0.2], [0.5, 0.1, 0.5], [0.5, 0.1, 0.1], [0.5, NAN, 0.1], [NAN, 0.1, 0.2], [0, 0, 0]]
+    )
+    assert egomcq_predictions(scores).tolist() == [1, -1, 0, -1, -1, -1]
+    with pytest.raises(ValueError, match="at least 2 choices"):
+        egomcq_predictions(torch.zeros(3, 1))
+
+
 def test_retrieval_by_hand() -> None:
-    similarity = torch.tensor([[3.0, 1.0, 2.0], [3.0, 2.0, 1.0], [1.0, 2.0, 0.0]])
-    score = retrieval(similarity)
-    assert score.recall_1 == pytest.approx(100 / 3)
-    assert score.recall_5 == 100
-    assert score.median_rank == 2
-    assert score.num_queries == 3
+    # Ranks of the diagonal: 1 (3 is best), 2 (3 before 2), 3 (0 is last), 6 (all others before it).
+    similarity = torch.tensor(
+        [
+            [3.0, 1.0, 2.0, 0.0, 0.0, 0.0],
+            [3.0, 2.0, 1.0, 0.0, 0.0, 0.0],
+            [1.0, 2.0, 0.5, 0.0, 0.0, 0.0],
+            [1.0, 2.0, 0.5, 0.0, 0.1, 0.2],
+        ]
+    )
+    ranks = target_ranks(similarity, torch.arange(4))
+    assert ranks.tolist() == [1, 2, 3, 6]
+    score = retrieval_score(ranks)
+    assert {k: recall.recall for k, recall in score.recalls.items()} == {1: 25, 5: 75, 10: 100}
+    assert [recall.num_found for recall in score.recalls.values()] == [1, 3, 4]
+    assert score.recalls[5].interval_low / 100 == wilson_interval(3, 4)[0]
+    assert score.recalls[5].interval_high / 100 == wilson_interval(3, 4)[1]
+    assert (score.median_rank, score.num_queries) == (2.5, 4)
+    with pytest.raises(ValueError, match="no query"):
+        retrieval_score(torch.zeros(0, dtype=torch.long))
 
 
-def test_retrieval_counts_ties_against_the_query_and_takes_targets() -> None:
-    similarity = torch.tensor([[1.0, 1.0, 0.0]])
-    assert retrieval(similarity, torch.tensor([0])).recall_1 == 0
-    assert retrieval(similarity, torch.tensor([2])).median_rank == 3
-    with pytest.raises(ValueError, match="name the targets"):
-        retrieval(similarity)
+def test_ties_and_scores_that_are_no_numbers_count_against_the_query() -> None:
+    assert target_ranks(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([0])).tolist() == [2]
+    assert target_ranks(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([2])).tolist() == [3]
+    assert target_ranks(torch.tensor([[1.0, NAN, 0.0]]), torch.tensor([0])).tolist() == [2]
+    assert target_ranks(torch.tensor([[NAN, 1.0, 0.0]]), torch.tensor([0])).tolist() == [3]
 
 
 def test_the_best_of_several_targets_counts_and_the_others_are_not_in_its_way() -> None:
     similarity = torch.tensor([[3.0, 1.0, 2.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
     targets = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]]).bool()
-    score = retrieval(similarity, targets)
-    assert score.recall_1 == 50
-    assert score.median_rank == 2
+    assert target_ranks(similarity, targets).tolist() == [1, 3]
     with pytest.raises(ValueError, match=r"queries \[1\] have no target"):
-        retrieval(similarity, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]).bool())
+        target_ranks(similarity, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]).bool())
+    with pytest.raises(ValueError, match="nothing to rank"):
+        target_ranks(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
