@@ -239,7 +239,9 @@ def compare(
     runs: Annotated[
         tuple[Path, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN_DIR", help="Run directories; the first is what the others are held against."),
+        tyro.conf.arg(
+            metavar="RUN_DIR", help="Run directories; the first is what the others are held against."
+        ),
     ],
     html: Annotated[Path | None, tyro.conf.arg(help="Also as a page with curves.")] = None,
     csv: Annotated[Path | None, tyro.conf.arg(help="Also as CSV.")] = None,

@@ -69,7 +69,11 @@ def _settings(runs: Sequence[RunFacts]) -> list[Row]:
 
 def _provenance(runs: Sequence[RunFacts]) -> list[Row]:
     rows = [
-        Row("data and code", name.replace("_", " "), tuple(facts.tags.get(name, "unknown")[:16] for facts in runs))
+        Row(
+            "data and code",
+            name.replace("_", " "),
+            tuple(facts.tags.get(name, "unknown")[:16] for facts in runs),
+        )
         for name in _PROVENANCE
     ]
     return [row for row in rows if len(set(row.cells)) > 1]
@@ -100,9 +104,7 @@ def _against(first: RunFacts, other: RunFacts, kind: str) -> str:
     if isinstance(found, str):
         return found
     sure = "" if found.p_value < 0.05 else ", may be luck"
-    return (
-        f"{found.difference:+.1f} [{found.interval_low:+.1f}, {found.interval_high:+.1f}], p {found.p_value:.3f}{sure}"
-    )
+    return f"{found.difference:+.1f} [{found.interval_low:+.1f}, {found.interval_high:+.1f}], p {found.p_value:.3f}{sure}"
 
 
 def paired(first: RunFacts, other: RunFacts, kind: str) -> PairedDifference | str:

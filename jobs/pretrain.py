@@ -24,6 +24,7 @@ from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import EndKind, FencedError, Ledger, StageStatus
 from infra.memory_budget import Budget
 from infra.runtime import peak_rss_bytes
+from jobs.answers import ANSWERS_FILES, write_answers
 from jobs.drift import require_history
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
 from jobs.heartbeat import HangWatch, Heartbeat, last_step
@@ -664,6 +665,10 @@ def evaluate_stage(context: StageContext, checkpoints: CheckpointStore, tracker:
     tracker.metrics(newest.step, evaluation.metrics())
     tracker.flush()
     if context.is_first_rank:
+        facts = {"stage": context.number, "step": newest.step, "checkpoint": str(newest.path), "mode": "dual"}
+        write_answers(
+            context.run.stage_dir(context.number) / ANSWERS_FILES["dual"], evaluation.answers, facts
+        )
         context.ledger.record_stage(context.number, "done", scores=evaluation.metrics())
 
 
