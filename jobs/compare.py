@@ -1,4 +1,4 @@
-"""`svitt compare RUN RUN ...`: what differs between runs, what they scored, whether that is more than luck, what they cost.
+"""`svitt compare RUN RUN ...`: what differs between runs, what they scored, whether that is luck, what they cost.
 
 The first run is what the others are held against. Scores are compared question by question where the answers of both
 are kept and the questions are the same.
@@ -104,7 +104,8 @@ def _against(first: RunFacts, other: RunFacts, kind: str) -> str:
     if isinstance(found, str):
         return found
     sure = "" if found.p_value < 0.05 else ", may be luck"
-    return f"{found.difference:+.1f} [{found.interval_low:+.1f}, {found.interval_high:+.1f}], p {found.p_value:.3f}{sure}"
+    span = f"[{found.interval_low:+.1f}, {found.interval_high:+.1f}]"
+    return f"{found.difference:+.1f} {span}, p {found.p_value:.3f}{sure}"
 
 
 def paired(first: RunFacts, other: RunFacts, kind: str) -> PairedDifference | str:

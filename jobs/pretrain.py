@@ -665,7 +665,14 @@ def evaluate_stage(context: StageContext, checkpoints: CheckpointStore, tracker:
     tracker.metrics(newest.step, evaluation.metrics())
     tracker.flush()
     if context.is_first_rank:
-        facts = {"stage": context.number, "step": newest.step, "checkpoint": str(newest.path), "mode": "dual"}
+        facts = {
+            "run": context.run.run_id,
+            "stage": context.number,
+            "stage_name": context.stage.name,
+            "checkpoint": newest.path.name,
+            "step": newest.step,
+            "mode": "dual",
+        }
         write_answers(
             context.run.stage_dir(context.number) / ANSWERS_FILES["dual"], evaluation.answers, facts
         )
