@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
-from ray._private import parameter, ray_constants
+from ray._private import parameter, ray_constants, services
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
@@ -233,19 +233,23 @@ def _reaper(mark: str, logs: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private_ports() -> Iterator[None]:
-    """Let `ray.init` start a node that keeps to itself; it has no parameters for either.
+    """Let `ray.init` start a node that keeps to itself; it has no parameters for any of this.
 
     The agent that starts jobs listens on a free port instead of 52365, which a second cluster of the machine
     would find taken (its jobs then fail with "No available agent"). And Ray's servers stay on loopback, as they
-    do on macOS: _LOCAL_ENVIRONMENT says so to the processes Ray starts, this to the library loaded here. Private
-    names, guarded by a test that runs two clusters side by side.
+    do on macOS: _LOCAL_ENVIRONMENT says so to the processes Ray starts, this to the library loaded here. And its
+    processes are a group of their own: a Ctrl-C in the terminal goes to all of the foreground group, and ends Ray's
+    dashboard, which jobs are asked about through. Private names, guarded by tests.
     """
     whole_params, is_reachable = parameter.RayParams, ray_constants.ENABLE_RAY_CLUSTER
+    popen = services.ConsolePopen
     parameter.RayParams = functools.partial(whole_params, dashboard_agent_listen_port=0)  # type: ignore
     ray_constants.ENABLE_RAY_CLUSTER = False
+    services.ConsolePopen = functools.partial(popen, process_group=0)  # type: ignore
     try:
         yield
     finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
         parameter.RayParams = whole_params  # type: ignore[misc]
         ray_constants.ENABLE_RAY_CLUSTER = is_reachable
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -23,6 +24,8 @@ logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
 STOP_GRACE_S = 30
 _LONGEST_SILENCE_S = 60.0
+_REQUEST_S = 60.0
+_RETRY_S = 0.5
 
 
 class ClusterError(Exception):
@@ -31,6 +34,10 @@ class ClusterError(Exception):
 
 class JobError(ClusterError):
     """A request about one job that cannot be answered."""
+
+
+class SilentClusterError(ClusterError):
+    """A cluster that does not answer, or not yet again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,27 @@ class JobState:
         return 0 if self.is_succeeded else self.exit_code or 1
 
 
+class _Client(JobSubmissionClient):
+    """Ray's, with a limit on each request, which Ray leaves without one: a dashboard that died may leave its socket
+    open, and nobody answers there. The method is a private one; tests hold what it is overridden for.
+    """
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        url = self._address
+        try:
+            return super()._do_request(method, endpoint, timeout=_REQUEST_S, **options)
+        except requests.RequestException as error:
+            raise SilentClusterError(
+                f"the Ray cluster at {url} does not answer: {_one_line(error)}"
+            ) from error
+        except AuthenticationError as error:
+            raise ClusterError(
+                f"the Ray cluster at {url} refuses this command: {_one_line(error).partition(' Token auth')[0]}. "
+                "It was started with a token, and the one found here is missing or another's: put the cluster's into "
+                "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH (~/.ray/auth_token where that is unset)"
+            ) from error
+
+
 class Jobs:
     """The jobs of one cluster, addressed by its dashboard URL (http://host:port)."""
 
@@ -69,10 +97,10 @@ class Jobs:
         require_guarded(url)
         self.url = url
         # Ray lets these two variables win over an explicit address; an owned cluster must not be overruled.
-        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}), self._asking():
+        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
             try:
-                self._client = JobSubmissionClient(url)
-            except (ConnectionError, RuntimeError, requests.RequestException) as error:
+                self._client = _Client(url)
+            except (RuntimeError, SilentClusterError) as error:
                 raise ClusterError(
                     f"connecting to the Ray cluster at {url} failed: {_one_line(error).rstrip('.')}. Check the "
                     "address, that its dashboard is reachable from here, and that RAY_AUTH_TOKEN holds its token."
@@ -98,13 +126,12 @@ class Jobs:
         command = entrypoint if isinstance(entrypoint, str) else f"exec {shlex.join(entrypoint)}"
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S), **(env_vars or {})}
         try:
-            with self._asking():
-                self._client.submit_job(
-                    entrypoint=command,
-                    submission_id=submission_id,
-                    runtime_env={"env_vars": variables},
-                    metadata=dict(metadata or {}),
-                )
+            self._client.submit_job(
+                entrypoint=command,
+                submission_id=submission_id,
+                runtime_env={"env_vars": variables},
+                metadata=dict(metadata or {}),
+            )
         except (RuntimeError, ValueError) as error:
             if "already exists" in str(error) and (known := self.find(submission_id)) is not None:
                 return known
@@ -116,8 +143,7 @@ class Jobs:
     def find(self, submission_id: str) -> JobState | None:
         """State of a job, or None if the cluster does not know it."""
         try:
-            with self._asking():
-                info = self._client.get_job_info(submission_id)
+            info = self._client.get_job_info(submission_id)
         except RuntimeError as error:
             if "404" in str(error) or "does not exist" in str(error):
                 return None
@@ -125,8 +151,23 @@ class Jobs:
         return JobState(submission_id, str(info.status.value), info.message or "", info.driver_exit_code)
 
     def status(self, submission_id: str) -> JobState:
-        """State of a job. Raises JobError if the cluster does not know it."""
-        known = self.find(submission_id)
+        """State of a job. Raises JobError if the cluster does not know it.
+
+        Short outages of the cluster are waited out; after 60 s of silence SilentClusterError is raised.
+        """
+        asked = time.monotonic()
+        while True:
+            try:
+                known = self.find(submission_id)
+                break
+            except SilentClusterError as error:
+                silence_s = time.monotonic() - asked
+                if silence_s > _LONGEST_SILENCE_S:
+                    raise SilentClusterError(
+                        f"{error}, and has not for {silence_s:.0f} s while job {submission_id} was followed. The run "
+                        "goes on if its cluster does; the same command continues it"
+                    ) from error
+                time.sleep(_RETRY_S)
         if known is None:
             raise JobError(f"the cluster at {self.url} knows no job {submission_id}")
         return known
@@ -138,24 +179,10 @@ class Jobs:
         on_poll: Callable[[JobState], None] | None = None,
         timeout_s: float | None = None,
     ) -> JobState:
-        """Block until the job has finished and return its last state; `on_poll` sees every state on the way.
-
-        Short outages of the cluster are waited out; after 60 s of silence ClusterError is raised.
-        """
-        started = last_answer = time.monotonic()
+        """Block until the job has finished and return its last state; `on_poll` sees every state on the way."""
+        started = time.monotonic()
         while True:
-            try:
-                state = self.status(submission_id)
-                last_answer = time.monotonic()
-            except (ConnectionError, requests.RequestException) as error:
-                silence_s = time.monotonic() - last_answer
-                if silence_s > _LONGEST_SILENCE_S:
-                    raise ClusterError(
-                        f"the Ray cluster at {self.url} has not answered for {silence_s:.0f} s while job "
-                        f"{submission_id} was running: {_one_line(error)}"
-                    ) from error
-                time.sleep(poll_s)
-                continue
+            state = self.status(submission_id)
             if on_poll is not None:
                 on_poll(state)
             if state.is_finished:
@@ -170,16 +197,14 @@ class Jobs:
         if state.is_finished:
             return False
         try:
-            with self._asking():
-                return bool(self._client.stop_job(submission_id))
+            return bool(self._client.stop_job(submission_id))
         except RuntimeError as error:
             raise JobError(f"stopping job {submission_id} failed: {_one_line(error)}") from error
 
     def logs(self, submission_id: str) -> str:
         """Everything the job's driver has written so far."""
         try:
-            with self._asking():
-                return self._client.get_job_logs(submission_id)
+            return self._client.get_job_logs(submission_id)
         except RuntimeError as error:
             raise JobError(f"reading the log of job {submission_id} failed: {_one_line(error)}") from error
 
@@ -188,7 +213,7 @@ class Jobs:
         loop = asyncio.new_event_loop()
         stream = self._client.tail_job_logs(submission_id)
         try:
-            with self._asking(), contextlib.suppress(StopAsyncIteration):
+            with contextlib.suppress(StopAsyncIteration):
                 while True:
                     yield loop.run_until_complete(anext(stream))
         except RuntimeError as error:
@@ -196,18 +221,6 @@ class Jobs:
         finally:
             loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
             loop.close()
-
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Turns an answer of 401 or 403 into a ClusterError; Ray's own exception is none of those it raises else."""
-        try:
-            yield
-        except AuthenticationError as error:
-            raise ClusterError(
-                f"the Ray cluster at {self.url} refuses this command: {_one_line(error).partition(' Token auth')[0]}. "
-                "It was started with a token, and the one found here is missing or another's: put the cluster's into "
-                "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH (~/.ray/auth_token where that is unset)"
-            ) from error
 
 
 def require_guarded(url: str) -> None:

@@ -45,6 +45,20 @@ def test_of_ended_clusters_only_the_newest_folders_are_kept_and_a_dangling_link_
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
+def test_the_processes_of_a_cluster_do_not_share_the_group_that_a_terminal_interrupts(
+    cluster: Cluster,
+) -> None:
+    assert cluster.is_owned
+    family = psutil.Process().children(recursive=True)
+    names = []
+    for process in family:
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == os.getpgid(0):
+                names.append(process.name())
+    assert len(family) > 5
+    assert names == []
+
+
 def test_tasks_come_back_with_their_index_and_survive_a_death(cluster: Cluster, tmp_path: Path) -> None:
     results = list(cluster.map_tasks(cases.square, list(range(6)), max_in_flight=2))
     assert sorted(results) == [(i, i * i) for i in range(6)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra import ray_jobs
-from infra.ray_jobs import ClusterError, Jobs, has_token, is_loopback, require_guarded
+from infra.ray_jobs import ClusterError, Jobs, SilentClusterError, has_token, is_loopback, require_guarded
 
 
 @pytest.fixture
@@ -69,15 +69,22 @@ def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+SILENT = 0
+JOB = {"type": "SUBMISSION", "submission_id": "a", "status": "SUCCEEDED", "entrypoint": "true"}
+
+
 class Head(BaseHTTPRequestHandler):
-    """Answers what a Ray head with a token answers: its version at first, then the status that the server holds."""
+    """Answers as a Ray head does: its version, unless that needs a token too, then with one status after the other."""
 
     def answer(self) -> None:
         is_open = self.path == "/api/version" and self.server.is_version_told  # type: ignore[attr-defined]
-        status = 200 if is_open else self.server.status  # type: ignore[attr-defined]
-        body = (
-            json.dumps({"ray_version": "2.60.0"}) if is_open else "Unauthorized: Missing authentication token"
-        )
+        status = 200 if is_open else self.server.statuses.pop(0)  # type: ignore[attr-defined]
+        if status == SILENT:
+            self.server.is_over.wait(60)  # type: ignore[attr-defined]
+            return
+        body = "Unauthorized: Missing authentication token"
+        if status == 200:
+            body = json.dumps({"ray_version": "2.60.0"} if is_open else JOB)
         self.send_response(status)
         self.end_headers()
         self.wfile.write(body.encode())
@@ -89,17 +96,19 @@ class Head(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def head() -> Iterator[Callable[[int, bool], str]]:
-    """Address of a head that answers with a status, having told its version or not."""
+def head() -> Iterator[Callable[..., str]]:
+    """Address of a head that answers so, having told its version or not."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Head)
+    server.is_over = threading.Event()  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
 
-    def answering(status: int, is_version_told: bool) -> str:
-        server.status, server.is_version_told = status, is_version_told  # type: ignore[attr-defined]
+    def answering(*statuses: int, is_version_told: bool = True) -> str:
+        server.statuses, server.is_version_told = list(statuses), is_version_told  # type: ignore[attr-defined]
         return f"http://127.0.0.1:{server.server_port}"
 
     yield answering
+    server.is_over.set()  # type: ignore[attr-defined]
     server.shutdown()
     thread.join()
     server.server_close()
@@ -109,11 +118,9 @@ REFUSED = r"refuses this command: Authentication .*Missing authentication token\
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_head_that_refuses_the_token_is_a_typed_error(
-    status: int, head: Callable[[int, bool], str]
-) -> None:
+def test_a_head_that_refuses_the_token_is_a_typed_error(status: int, head: Callable[..., str]) -> None:
     with pytest.raises(ClusterError, match=REFUSED):
-        Jobs(head(status, False))
+        Jobs(head(status, is_version_told=False))
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -128,8 +135,27 @@ def test_a_head_that_refuses_the_token_is_a_typed_error(
     ],
 )
 def test_so_is_one_that_refuses_it_later(
-    status: int, request_: Callable[[Jobs], object], head: Callable[[int, bool], str]
+    status: int, request_: Callable[[Jobs], object], head: Callable[..., str]
 ) -> None:
-    jobs = Jobs(head(status, True))
+    jobs = Jobs(head(status))
     with pytest.raises(ClusterError, match=REFUSED):
         request_(jobs)
+
+
+def test_a_head_that_is_silent_for_a_moment_is_asked_again(
+    head: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "_REQUEST_S", 0.2)
+    assert Jobs(head(SILENT, SILENT, 200)).wait("a").is_succeeded
+
+
+def test_a_head_that_stays_silent_is_a_typed_error(
+    head: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "_REQUEST_S", 0.2)
+    monkeypatch.setattr(ray_jobs, "_LONGEST_SILENCE_S", 0.3)
+    jobs = Jobs(head(*[SILENT] * 9))
+    with pytest.raises(SilentClusterError, match=r"does not answer: .*while job a was followed"):
+        jobs.wait("a")
+    with pytest.raises(SilentClusterError, match="does not answer"):
+        jobs.submit_once("a", "true")
