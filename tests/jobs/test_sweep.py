@@ -124,7 +124,8 @@ def test_points_are_scored_priced_and_written_down(tmp_path: Path, report_lines)
         r.gmacs_video for r in (trained, few, many)
     ]
     assert written["points"][2]["scores"] == many.scores
-    shown = "\n".join(lines())
-    assert "as trained" in shown
-    assert "num_frames 6" in shown
-    assert "3 MiB" in shown
+    shown = [line.replace("│", " ").split() for line in lines()]
+    assert [row[:6] for row in shown if row and row[0] == "trained"] == [
+        ["trained", "3", "0.65", "48", "/", "21"]
+    ]
+    assert [row[6] for row in shown if row[:5] == ["6", "1", "96", "/", "96"]] == ["3"]
