@@ -31,7 +31,7 @@ from pipeline.store import ClipStore
 
 @dataclass(frozen=True)
 class Extras:
-    """What is scored beside EgoMCQ and the probe; each costs another pass over the clips, a sweep many."""
+    """What is scored beside EgoMCQ and the probe; each is another pass over the clips, a sweep one for each point."""
 
     retrieval: bool = False
     vtm: bool = False

@@ -169,7 +169,10 @@ class Sweep:
 def run_sweep(
     sweep: Sweep, points: Sequence[SweepPoint], facts: Mapping[str, Any], path: Path, report: ProgressReport
 ) -> list[SweepResult]:
-    """Scores all points, prints their table and writes them with `facts` and the host to a JSON file."""
+    """Scores all points, prints their table and writes them with `facts` and the host to a JSON file.
+
+    The settings of the last point are the columns of the table.
+    """
     results = []
     with report.task("sweep", len(points)) as task:
         for point in points:
@@ -185,28 +188,31 @@ def run_sweep(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(document, indent=1) + "\n")
-    report.console.print(sweep_table(results))
+    report.console.print(sweep_table(results, list(points[-1].settings or {})))
     report.say(f"written to {path}")
     return results
 
 
-def sweep_table(results: Sequence[SweepResult]) -> Table:
-    """One row a point."""
-    table = Table(title="EgoMCQ against cost (percent, 95 % interval)", title_justify="left")
-    table.add_column("settings")
-    for column in ("tokens in / out", "GMACs a clip", "peak memory", "inter", "intra"):
-        table.add_column(column, justify="right")
+def sweep_table(results: Sequence[SweepResult], swept: Sequence[str]) -> Table:
+    """One row a point, with the values of the settings that were swept."""
+    table = Table(title="EgoMCQ (percent, 95 % interval) against cost", title_justify="left")
+    for column in ("", *swept, "tokens in / out", "GMACs a clip", "peak MiB"):
+        table.add_column(column, justify="right", overflow="fold")
+    for column in ("inter", "intra"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
-        peak = "-" if result.peak_bytes is None else f"{result.peak_bytes / MIB:.0f} MiB"
+        values = (result.settings[name] for name in swept)
+        scores = (
+            interval(result.scores, name).replace(" [", "\n[") if f"{name}_acc" in result.scores else "-"
+            for name in (INTER, INTRA)
+        )
         table.add_row(
-            _in_words(None if result.is_as_trained else result.settings),
+            "trained" if result.is_as_trained else "",
+            *(DENSE if value is None else f"{value:g}" for value in values),
             f"{result.tokens_in} / {result.tokens_out}",
             f"{result.gmacs_video:.3g}",
-            peak,
-            *(
-                interval(result.scores, name) if f"{name}_acc" in result.scores else "-"
-                for name in (INTER, INTRA)
-            ),
+            "-" if result.peak_bytes is None else f"{result.peak_bytes / MIB:.0f}",
+            *scores,
         )
     return table
 
