@@ -80,7 +80,7 @@ class _Client(JobSubmissionClient):
             return super()._do_request(method, endpoint, timeout=_REQUEST_S, **options)
         except requests.RequestException as error:
             raise SilentClusterError(
-                f"the Ray cluster at {url} does not answer: {_one_line(error)}"
+                f"the Ray cluster at {url} does not answer: {_one_line(_innermost(error))}"
             ) from error
         except AuthenticationError as error:
             raise ClusterError(
@@ -102,7 +102,8 @@ class Jobs:
                 self._client = _Client(url)
             except (RuntimeError, SilentClusterError) as error:
                 raise ClusterError(
-                    f"connecting to the Ray cluster at {url} failed: {_one_line(error).rstrip('.')}. Check the "
+                    f"connecting to the Ray cluster at {url} failed: {_one_line(_innermost(error)).rstrip('.')}. "
+                    "Check the "
                     "address, that its dashboard is reachable from here, and that RAY_AUTH_TOKEN holds its token."
                 ) from error
 
@@ -260,6 +261,13 @@ def has_token(environ: Mapping[str, str]) -> bool:
         return True
     path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return path.is_file() and path.stat().st_size > 0
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong first: requests wraps a refused connection in three messages that repeat the address."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _one_line(error: BaseException) -> str:
