@@ -1,16 +1,12 @@
 """A step whose loss or gradient is not finite changes nothing, and the ones after it are as if it had not been."""
 
 import math
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
-
 from test_train_step import fixed_batch, new_step, weights
 
 from infra.journal import NullTracker

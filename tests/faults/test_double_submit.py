@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
-
 import infra.ray_cluster
 from infra.config_io import ConfigError
 from infra.ledger import Ledger

@@ -7,9 +7,6 @@ from types import FrameType
 from typing import Any, cast
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
-
 from fake_jobs import FakeJobs, state
 from small_runs import small_run
 

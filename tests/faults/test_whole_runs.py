@@ -4,14 +4,10 @@ All have the same recipe and the same shards, and all have to end with the weigh
 """
 
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
-
 from whole_runs import WholeRun, prepare_tiny
 
 from jobs.goodput import goodput
