@@ -56,7 +56,9 @@ def scorable_run(folder: Path) -> RunDir:
     torch.manual_seed(0)
     model = VideoTextModel(context.model_config())
     store = CheckpointStore(run.checkpoints(2))
-    store.save(STEP, lambda _: None, SingleRank().barrier, {}, model.state_dict(), {})
+    ranks = SingleRank()
+    store.save(STEP, lambda _: None, {}, model.state_dict(), {}, any_rank=ranks.any)
+    store.wait(ranks.any)
     return run
 
 

@@ -27,7 +27,8 @@ def trained_run(folder: Path) -> tuple[RunDir, VideoTextModel]:
     )
     torch.manual_seed(5)
     model = VideoTextModel(context.model_config()).eval()
-    CheckpointStore(run.checkpoints(1)).save(
-        40, lambda _: None, lambda: None, {"data_fingerprint": fingerprint}, model.state_dict()
-    )
+    store, ranks = CheckpointStore(run.checkpoints(1)), SingleRank()
+    facts = {"data_fingerprint": fingerprint}
+    store.save(40, lambda _: None, facts, model.state_dict(), any_rank=ranks.any)
+    store.wait(ranks.any)
     return run, model
