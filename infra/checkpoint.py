@@ -28,15 +28,14 @@ from infra.checkpoint_files import (
     CheckpointError,
     Manifest,
     files_of,
-    flush,
     load_weights,
     open_checkpoint,
     read_weights_card,
     save_weights,
-    write_durably,
 )
 from infra.checkpoint_mirror import Mirror
 from infra.checkpoint_parts import collect, hand_in, part_of, whole_of
+from infra.durable import flush, write_durably
 
 __all__ = [
     "MANIFEST",
@@ -49,7 +48,6 @@ __all__ = [
     "open_checkpoint",
     "read_weights_card",
     "save_weights",
-    "write_durably",
 ]
 
 logger = logging.getLogger(__name__)

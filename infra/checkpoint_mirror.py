@@ -21,11 +21,10 @@ from infra.checkpoint_files import (
     MANIFEST,
     STEP_FOLDER,
     CheckpointError,
-    flush,
     parse_manifest,
     read_manifest,
-    write_durably,
 )
+from infra.durable import flush, write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,11 @@ from infra.checkpoint_files import (
     CheckpointError,
     FileFacts,
     files_of,
-    flush,
     parse_files,
     parse_json,
     sha256_of,
-    write_durably,
 )
+from infra.durable import flush, write_durably
 
 logger = logging.getLogger(__name__)
 

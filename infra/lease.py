@@ -21,7 +21,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from infra.checkpoint import write_durably
+from infra.durable import write_durably
 
 logger = logging.getLogger(__name__)
 

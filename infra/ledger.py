@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from infra.durable import flush
+
 logger = logging.getLogger(__name__)
 
 StageStatus = Literal["pending", "running", "trained", "done", "failed", "stopped"]
@@ -157,7 +159,7 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
             if is_new:
-                _flush_directory(self.path.parent)
+                flush(self.path.parent)
             return self.read()
 
     def _events(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -232,11 +234,3 @@ def _told(start: Start, kind: str, event: dict[str, Any]) -> Start:
     if start.ended not in (None, "collateral"):
         return start
     return replace(start, ended=event["kind"], reason=event["reason"])
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

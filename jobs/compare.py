@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table
 
-from infra.checkpoint import write_durably
+from infra.durable import write_durably
 from jobs.answers import ANSWERS_FILES, AnswersError, compare_answers, read_answers
 from jobs.charts import Line, line_chart
 from jobs.progress import ProgressReport

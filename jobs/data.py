@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from infra.checkpoint import write_durably
 from infra.config_io import config_hash, dump_yaml
+from infra.durable import write_durably
 from infra.ray_cluster import Cluster, open_cluster
 from jobs.clips import run_clips, summary_lines
 from jobs.prepare import EGOMCQ, TRAIN, PrepareResult, run_prepare

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from infra.checkpoint import Checkpoint, CheckpointStore, write_durably
+from infra.checkpoint import Checkpoint, CheckpointStore
 from infra.config_io import dump_yaml
+from infra.durable import write_durably
 from jobs.charts import Line, interval_chart, line_chart, share_bar
 from jobs.evaluate import Encoder
 from jobs.pictures import AskedQuestion, PrunedClip, asked_questions, edge_layout_uri, pruned_clips

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Literal
 
-from infra.checkpoint import write_durably
+from infra.durable import write_durably
 from jobs.run_dir import RunDir
 
 StopReason = Literal["user", "signal"]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from infra.checkpoint import write_durably
 from infra.config_io import ConfigError, dump_yaml
+from infra.durable import write_durably
 from infra.lease import Lease, LeaseHeldError
 from infra.ledger import Ledger
 from infra.ray_jobs import JobState

@@ -18,9 +18,9 @@ from infra.checkpoint import (
     CheckpointStore,
     open_checkpoint,
     read_weights_card,
-    write_durably,
 )
 from infra.checkpoint_mirror import Mirror
+from infra.durable import write_durably
 
 
 def alone(flag: bool) -> bool:
