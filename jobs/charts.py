@@ -47,7 +47,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     borders: Mapping[str, float] | None = None,
-    is_log: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Curves over one axis; `borders` are named verticals, such as the begin of each stage."""
     with matplotlib.rc_context(_STYLE):
@@ -61,8 +61,8 @@ def line_chart(
             axes.annotate(
                 name, (place, 1.0), xycoords=("data", "axes fraction"), fontsize=8, rotation=0, va="bottom"
             )
-        if is_log:
-            axes.set_yscale("log")
+        if from_zero:
+            axes.set_ylim(bottom=0.0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(lines) > 1:

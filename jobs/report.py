@@ -173,18 +173,21 @@ def _curve_charts(facts: RunFacts) -> list[tuple[str, str, str]]:
             1024.0,
         ),
     ):
-        lines = [Line(label, [(x, factor * y) for x, y in whole(name)]) for name, label in names.items()]
+        lines = [Line(label, [(x, factor * y) for x, y in whole(key)]) for key, label in names.items()]
+        name = next(iter(names))
         if any(line.points for line in lines):
-            charts.append((title, note, line_chart(title, lines, "step", y_label, borders)))
+            from_zero = name in ("perf/clips_per_s", "mem/peak_device_gib")
+            charts.append((title, note, line_chart(title, lines, "step", y_label, borders, from_zero)))
     return charts
 
 
-def _time_chart(facts: RunFacts) -> str:
+def _time_chart(facts: RunFacts) -> str | None:
     parts = {
         name.removesuffix("_s").replace("_", " "): getattr(facts.goodput, name)
         for name in facts.goodput.__dataclass_fields__
     }
-    return share_bar("Where the time went", {name: s for name, s in parts.items() if s >= 0.5}, "s")
+    shown = {name: seconds for name, seconds in parts.items() if seconds >= 0.5}
+    return share_bar("Where the time went", shown, "s") if shown else None
 
 
 def _faults(facts: RunFacts) -> list[tuple[str, list[str]]]:
