@@ -169,8 +169,9 @@ class DeepSpeedEngine:
             if self._config.zero_stage == 3:
                 optimizer.inf_or_nan_tracker.zero_()
             else:
-                optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
-                optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+                # In place: the parameters' mapping to their gradients holds these dicts.
+                for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                    gradients.update(dict.fromkeys(gradients))
                 optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         self._order.reset()
 

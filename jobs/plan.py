@@ -27,6 +27,7 @@ from jobs.plan_search import (
     candidates,
     search,
     step_seconds,
+    usable_bytes,
 )
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
@@ -63,7 +64,7 @@ def run_plan(
     works = [workload(recipe, stage, wanted.num_devices) for stage in recipe.stages]
     own = own_settings(recipe)
     planner = Planner()
-    usable = wanted.memory_bytes - (GPU_RESERVE_BYTES if recipe.cluster.use_gpu else 0)
+    usable = usable_bytes(wanted.memory_bytes) - (GPU_RESERVE_BYTES if recipe.cluster.use_gpu else 0)
     loaders = loader_bytes(recipe, wanted.num_devices) * wanted.num_devices
     host = (wanted.host_bytes or psutil.virtual_memory().total) - loaders
     report.say(

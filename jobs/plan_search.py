@@ -272,9 +272,8 @@ def search(
     by least.
 
     Engine and recomputation are one choice for a run, the micro-batch is each stage's own. `host_bytes` is what each
-    rank may offload. A hundredth of the memory stays free, for what a prediction misses.
+    rank may offload.
     """
-    memory_bytes = usable_bytes(memory_bytes)
 
     def at_best(some: Settings) -> float:
         return sum(w.num_steps * step_seconds(w, some, w.clips_per_rank) for w in works)

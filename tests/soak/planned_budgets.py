@@ -11,7 +11,7 @@ from dataclasses import replace
 from infra.config import EngineConfig
 from jobs.memory_probe import ShortageError, probe
 from jobs.plan import engine_words, probe_request, recompute_words
-from jobs.plan_search import Plan, Planner, Workload, candidates, search
+from jobs.plan_search import Plan, Planner, Workload, candidates, search, usable_bytes
 from model.config import ModelConfig
 
 MIB, GIB = 2**20, 2**30
@@ -42,7 +42,7 @@ def main() -> int:
     for load, memory_bytes in chosen:
         began_s = time.monotonic()
         tried = list(candidates(engine, load.model, load.world_size, has_kernel=True))
-        plan = search([load], tried, memory_bytes, 16 * GIB, Planner())
+        plan = search([load], tried, usable_bytes(memory_bytes), 16 * GIB, Planner())
         if not isinstance(plan, Plan):
             print(f"{load.name}, {memory_bytes / MIB:.0f} MiB: nothing fits, {plan}", flush=True)
             failures += 1
