@@ -49,7 +49,11 @@ def test_the_processes_of_a_cluster_do_not_share_the_group_that_a_terminal_inter
     cluster: Cluster,
 ) -> None:
     assert cluster.is_owned
-    family = psutil.Process().children(recursive=True)
+    # Helpers of Python's multiprocessing may be left from other tests of this process.
+    own = [
+        child for child in psutil.Process().children() if "multiprocessing" not in " ".join(child.cmdline())
+    ]
+    family = [process for child in own for process in (child, *child.children(recursive=True))]
     names = []
     for process in family:
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
