@@ -21,8 +21,9 @@ from infra.durable import flush
 logger = logging.getLogger(__name__)
 
 StageStatus = Literal["pending", "running", "trained", "done", "failed", "stopped"]
-# How a start ended by its own account: done or stopped; error: a rank raised; collateral: it lost another rank.
-EndKind = Literal["done", "stopped", "error", "rollback", "collateral", "gave_up"]
+# How a start ended by its own account: done or stopped; error: a rank raised; collateral: it lost another rank; halved:
+# it starts again with a smaller micro-batch.
+EndKind = Literal["done", "stopped", "error", "rollback", "halved", "collateral", "gave_up"]
 _STATUSES = ("pending", "running", "trained", "done", "failed", "stopped")
 
 

@@ -39,7 +39,7 @@ from jobs.retry_budget import Budgets, give_up_reason, spent
 from jobs.run_dir import RunDir
 from jobs.step_memory import trace_step
 from jobs.summary import INTRA, SCORED_CHECKPOINTS
-from jobs.train_loop import Hooks, Interval, Pace, RollbackError, fit
+from jobs.train_loop import HalvedError, Hooks, Interval, Pace, RollbackError, fit
 from jobs.train_step import TrainStep
 from model.config import ModelConfig
 from model.optim import lr_factor, parameter_groups
@@ -56,8 +56,8 @@ from pipeline.text import CaptionTokenizer
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-# How gloo, NCCL and torch's store speak of a rank that is gone or silent.
 _LAG_SHARE = 0.2  # of a step, from which on a slow rank is told
+# How gloo, NCCL and torch's store speak of a rank that is gone or silent.
 _LOST_RANK = (
     "connection closed",
     "connection reset",
@@ -204,6 +204,8 @@ def end_kind(error: Exception) -> EndKind:
     """What an error says of a start. Ranks that lose another one meet errors of torch.distributed: not theirs."""
     if isinstance(error, RollbackError):
         return "rollback"
+    if isinstance(error, HalvedError):
+        return "halved"
     text = str(error).lower()
     is_lost = any(sign in text for sign in _LOST_RANK)
     return "collateral" if isinstance(error, RuntimeError) and is_lost else "error"

@@ -42,7 +42,8 @@ def spent(starts: Sequence[Start]) -> Spent:
     step: int | None = None
     reason = ""
     for start, following in pairwise(starts):
-        if start.ended in ("done", "stopped", "gave_up"):
+        # A micro-batch can be halved a few times only, so this ends by itself.
+        if start.ended in ("done", "stopped", "halved", "gave_up"):
             continue
         if start.ended == "rollback":
             rollbacks, at_one_step = rollbacks + 1, 0

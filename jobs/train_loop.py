@@ -23,6 +23,10 @@ class NonFiniteError(TrainingError):
     """A loss or gradient of a step is not finite on some rank: raised on all of them, before the weights change."""
 
 
+class HalvedError(TrainingError):
+    """The stage has to start again with half the micro-batch, which stands in its ledger."""
+
+
 class RollbackError(TrainingError):
     """The stage has to go on from an earlier checkpoint, behind steps that are left out from now on."""
 

@@ -18,7 +18,7 @@ from infra.memory_budget import is_out_of_memory
 from jobs.batch_work import BatchWork, MemoryShortageError
 from jobs.ranks import Ranks
 from jobs.rehearsal import RehearsalWork
-from jobs.train_loop import NonFiniteError, TrainingError
+from jobs.train_loop import HalvedError, NonFiniteError, TrainingError
 from model.step_key import StepKey
 from pipeline.loader import Batch
 
@@ -130,7 +130,7 @@ class TrainStep:
         self.remember(self.micro_batch_size)
         if self.engine.calls_are_collective:
             # Other ranks may wait inside a call that this one has left: the stage starts again from its checkpoint.
-            raise TrainingError(
+            raise HalvedError(
                 f"step {step}: out of memory with {size} clips at once; the stage goes on from its last checkpoint "
                 f"with {self.micro_batch_size} ({shortage})"
             )

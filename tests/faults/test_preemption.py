@@ -8,7 +8,7 @@ from infra.ledger import Ledger
 from jobs.pretrain import PreemptionNotice, end_kind
 from jobs.ranks import SingleRank
 from jobs.retry_budget import spent
-from jobs.train_loop import RollbackError
+from jobs.train_loop import HalvedError, RollbackError
 
 
 class OtherRank(SingleRank):
@@ -42,6 +42,7 @@ def test_a_notice_to_another_rank_counts_here_too(tmp_path: Path) -> None:
 
 def test_errors_are_told_apart_by_what_they_say() -> None:
     assert end_kind(RollbackError("back")) == "rollback"
+    assert end_kind(HalvedError("out of memory; timeout")) == "halved"
     assert end_kind(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4242")) == "collateral"
     assert end_kind(RuntimeError("Timed out waiting 12000ms for recv operation to complete")) == "collateral"
     assert end_kind(RuntimeError("shape mismatch")) == "error"

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from mlflow.tracking import MlflowClient
+from whole_runs import TINY
 
 from infra.journal import Record, read_journal
 from infra.ledger import Ledger, RunState
@@ -33,35 +34,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 FIRST_STEPS, SECOND_STEPS, SAVE_EVERY = 8, 60, 6
 OVERRIDES = (
-    "world.num_train_videos=2",
-    "world.num_heldout_videos=1",
-    "world.video_s=[12, 14]",
-    "prepare.num_frames=4",
-    "prepare.short_side=48",
-    "prepare.clips_per_shard=8",
-    "loader.image_size=32",
-    "model.video.image_size=32",
-    "model.video.patch_size=8",
-    "model.video.width=32",
-    "model.video.depth=3",
-    "model.video.num_heads=2",
-    "model.video.prune_layers=[0, 1]",
-    "model.video.block_size=8",
-    "model.text.width=32",
-    "model.text.num_heads=2",
-    "model.joint_width=16",
-    "stages.0.name=short",
-    "stages.0.num_frames=2",
+    *TINY,
     f"stages.0.num_steps={FIRST_STEPS}",
-    "stages.0.global_batch_size=8",
-    "stages.0.warmup_steps=2",
-    "stages.1.name=long",
-    "stages.1.num_frames=4",
     f"stages.1.num_steps={SECOND_STEPS}",
-    "stages.1.global_batch_size=8",
-    "stages.1.warmup_steps=2",
     f"checkpoint.every_steps={SAVE_EVERY}",
-    "log_every_steps=1",
 )
 # Generous: a busy machine takes several times as long as a free one.
 FIRST_DEADLINE_S, SECOND_DEADLINE_S = 480.0, 360.0

@@ -30,7 +30,12 @@ def test_a_kill_an_error_and_what_others_met_are_crashes() -> None:
 
 
 def test_ends_of_their_own_cost_nothing() -> None:
-    assert spent(starts(("stopped", None), ("done", None), ("gave_up", None))).crashes == 0
+    assert (
+        spent(
+            starts(("stopped", None), ("done", None), ("halved", 0), ("halved", 0), ("gave_up", None))
+        ).crashes
+        == 0
+    )
 
 
 def test_a_preempted_start_is_no_crash_whatever_its_ranks_met() -> None:
