@@ -97,8 +97,6 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FEW_SCORES = 1 << 22
 
 
-# Under torch.compile the choice is made once, while tracing.
-@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device, dtype: torch.dtype, num_scores: int, backend: Backend) -> Backend:
     """The backend that `auto` takes for an input with `num_scores` dense scores (B A N N), or the one asked for.
 
@@ -120,6 +118,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_scores: int, ba
     if backend == "triton":
         _require_triton(device, dtype)
     return backend
+
+
+# Under torch.compile the choice is made once, while tracing. This is the mark of torch.compiler.assume_constant_result,
+# which itself imports the compiler: 1.2 s of every process.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _require_triton(device: torch.device, dtype: torch.dtype) -> None:

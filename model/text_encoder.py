@@ -1,4 +1,4 @@
-"""Text encoder and fusion layers, made of transformers' BERT blocks; captions are `[CLS] words [PAD]`, no
+"""Text encoder and fusion layers, BERT's with its weights; captions are `[CLS] words [PAD]`, no
 [SEP].
 
 The first `fusion_layer` layers read text alone; the rest also attend to video tokens. The video side of the
@@ -12,36 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPredictionHeadTransform
 
+from model.bert_layers import Attention, Dense, Embeddings, Output, Transform
 from model.config import ModelConfig, TextConfig
 from model.errors import ModelInputError
 from model.lean_mlp import gelu_linear
 from model.recompute import LayerRunner
 from model.row_draws import RowDraws
 from model.sparsity import draw_node_scores, keep_count, select_patches
-
-
-def bert_config(config: TextConfig, with_cross_attention: bool) -> BertConfig:
-    """transformers' settings for one of our layers; attention through torch's scaled dot product."""
-    bert = BertConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.mlp_width,
-        hidden_act="gelu",
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        max_position_embeddings=config.max_length,
-        layer_norm_eps=1e-12,
-        pad_token_id=config.pad_id,
-        is_decoder=with_cross_attention,
-        add_cross_attention=with_cross_attention,
-    )
-    bert._attn_implementation = "sdpa"
-    return bert
 
 
 class Fused(NamedTuple):
@@ -53,14 +31,17 @@ class Fused(NamedTuple):
     keep_indices: tuple[Int[Tensor, "Q m"], ...]
 
 
-class TextLayer(BertLayer):
-    """A BERT layer whose dropout draws from row keys; transformers' weights, our forward pass."""
+class TextLayer(nn.Module):
+    """A BERT layer whose dropout draws from row keys."""
 
-    def __init__(self, config: TextConfig, with_cross_attention: bool = False) -> None:
-        super().__init__(bert_config(config, with_cross_attention))
-        self.rate = config.dropout
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.rate, self.num_heads = config.dropout, config.num_heads
+        self.attention = Attention(config.width, config.width)
+        self.intermediate = Dense(config.width, config.mlp_width)
+        self.output = Output(config.mlp_width, config.width)
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         self,
         states_QLD: Float[Tensor, "Q L D"],
         text_mask: Bool[Tensor, "Q 1 1 L"],
@@ -73,7 +54,7 @@ class TextLayer(BertLayer):
         """Self-attention with its residual and norm."""
         attention = self.attention.self
         q, k, v = (
-            _split_heads(project(states_QLD), attention.num_attention_heads)
+            _split_heads(project(states_QLD), self.num_heads)
             for project in (attention.query, attention.key, attention.value)
         )
         mixed = attend(q, k, v, text_mask, self.rate, draws and draws.at(0))
@@ -86,27 +67,22 @@ class TextLayer(BertLayer):
         mapped = gelu_linear(hidden, dense.weight, dense.bias)
         return self._add(self.output, mapped, states_QLD, draws and draws.at(2))
 
-    def residual(
-        self, output: nn.Module, mixed: Tensor, states_QLD: Tensor, draws: RowDraws | None
-    ) -> Tensor:
+    def residual(self, output: Output, mixed: Tensor, states_QLD: Tensor, draws: RowDraws | None) -> Tensor:
         """The output map of an attention, added to what went in."""
-        return self._add(output, output.dense(mixed), states_QLD, draws)  # pyright: ignore
+        return self._add(output, output.dense(mixed), states_QLD, draws)
 
-    def _add(self, output: nn.Module, mapped: Tensor, states_QLD: Tensor, draws: RowDraws | None) -> Tensor:
+    def _add(self, output: Output, mapped: Tensor, states_QLD: Tensor, draws: RowDraws | None) -> Tensor:
         if draws is not None:
             mapped = draws.dropout(mapped, self.rate)
-        return output.LayerNorm(mapped + states_QLD)  # pyright: ignore
+        return output.LayerNorm(mapped + states_QLD)
 
 
 class FusionLayer(TextLayer):
     """A BERT layer whose cross-attention reads the clip that each caption is paired with."""
 
     def __init__(self, config: TextConfig, video_width: int) -> None:
-        super().__init__(config, with_cross_attention=True)
-        cross = self.crossattention.self
-        if video_width != config.width:
-            cross.key = nn.Linear(video_width, config.width)
-            cross.value = nn.Linear(video_width, config.width)
+        super().__init__(config)
+        self.crossattention = Attention(config.width, video_width)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -121,7 +97,7 @@ class FusionLayer(TextLayer):
         """States after the layer, and each pair's score of its patches if `score` names how to get one."""
         cross = self.crossattention.self
         states_QLD = self.attend_text(states_QLD, text_mask, draws)
-        q = _split_heads(cross.query(states_QLD), cross.num_attention_heads)
+        q = _split_heads(cross.query(states_QLD), self.num_heads)
         k = self._video_side(cross.key(video_BMD), clip_Q, kept_Qm)
         v = self._video_side(cross.value(video_BMD), clip_Q, kept_Qm)
         mixed = attend(q, k, v, None, self.rate, draws and draws.at(3))
@@ -137,7 +113,7 @@ class FusionLayer(TextLayer):
         if kept_Qm is not None:
             with_cls = functional.pad(kept_Qm + 1, (1, 0))[..., None]
             video_BMD = video_BMD.gather(1, with_cls.expand(-1, -1, video_BMD.shape[-1]))
-        return _split_heads(video_BMD, self.crossattention.self.num_attention_heads)
+        return _split_heads(video_BMD, self.num_heads)
 
 
 def attend(
@@ -220,7 +196,7 @@ class MlmHead(nn.Module):
 
     def __init__(self, config: TextConfig, word_embeddings: nn.Parameter) -> None:
         super().__init__()
-        self.transform = BertPredictionHeadTransform(bert_config(config, with_cross_attention=False))
+        self.transform = Transform(config.width)
         self.decoder = TiedDecoder(word_embeddings)
 
     def forward(self, states_KD: Float[Tensor, "K D"]) -> Float[Tensor, "K V"]:
@@ -236,8 +212,7 @@ class TextEncoder(nn.Module):
         text = config.text
         self.config = config
         self.run_layer = LayerRunner(text.recompute, text.offload_activations)
-        self.embeddings = BertEmbeddings(bert_config(text, with_cross_attention=False))
-        self.embeddings.dropout.p = 0.0  # it would read torch's generator; ours stands in `forward`
+        self.embeddings = Embeddings(text)
         self.layers = nn.ModuleList(TextLayer(text) for _ in range(text.fusion_layer))
         self.layers.extend(FusionLayer(text, config.video.width) for _ in range(text.num_fusion_layers))
         words = self.embeddings.word_embeddings.weight

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.utils.generic import ModelOutput
 
 from jobs.hub.configuration_svitt_ego import SvittEgoConfig
@@ -82,7 +81,3 @@ class SvittEgoModel(PreTrainedModel):
             video = module.config
             module.codes.copy_(token_codes(video.num_frames, video.grid, video.grid))  # pyright: ignore
             module.order.copy_(token_order(video))  # pyright: ignore
-        elif isinstance(module, BertEmbeddings):
-            positions = torch.arange(module.position_ids.shape[-1])  # pyright: ignore
-            module.position_ids.copy_(positions[None])  # pyright: ignore
-            module.token_type_ids.zero_()  # pyright: ignore

@@ -174,6 +174,10 @@ def test_one_frame_without_sparsity_equals_beit_of_the_same_weights(tmp_path: Pa
     assert not report.unused
 
 
+def gradient(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    return module.get_parameter(name).grad
+
+
 def test_text_layers_equal_bert_of_the_same_weights(tmp_path: Path) -> None:
     bert = _bert(tmp_path)
     part = load_hf_bert(tmp_path)
@@ -184,13 +188,27 @@ def test_text_layers_equal_bert_of_the_same_weights(tmp_path: Path) -> None:
     )
     ids = torch.randint(10, 40, (2, 6), generator=torch.Generator().manual_seed(3))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
-    with torch.inference_mode():
-        states = bert.bert(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
-        ours = model.encode_text(ids, mask).states_BLD
-        head = model.text_encoder.mlm_head(states[3])
-        expected_head = bert.cls.predictions(states[3])
+    states = bert.bert(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+    ours = model.encode_text(ids, mask).states_BLD
+    head = model.text_encoder.mlm_head(ours)
+    expected_head = bert.cls.predictions(states[3])
     torch.testing.assert_close(ours[mask], states[3][mask], atol=1e-5, rtol=0)
-    torch.testing.assert_close(head, expected_head, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head[mask], expected_head[mask], atol=1e-5, rtol=0)
+    head[mask].sin().sum().backward()
+    expected_head[mask].sin().sum().backward()
+    for name, theirs in bert.bert.embeddings.named_parameters():
+        torch.testing.assert_close(
+            gradient(model.text_encoder.embeddings, name), theirs.grad, atol=1e-5, rtol=1e-4
+        )
+    for number in range(3):
+        for name, theirs in bert.bert.encoder.layer[number].named_parameters():
+            torch.testing.assert_close(
+                gradient(model.text_encoder.layers[number], name), theirs.grad, atol=1e-5, rtol=1e-4
+            )
+    for name, theirs in bert.cls.predictions.transform.named_parameters():
+        torch.testing.assert_close(
+            gradient(model.text_encoder.mlm_head.transform, name), theirs.grad, atol=1e-5, rtol=1e-4
+        )
     new = [key for key in report.new if key.startswith("text_encoder.")]
     assert new
     assert all(".layers.3.crossattention." in key for key in new)
