@@ -12,8 +12,8 @@ from small_runs import small_run
 
 from infra.ledger import Ledger
 from infra.ray_jobs import Jobs, JobState
-from jobs.controller import Outcome, run_stage_jobs
 from jobs.run_dir import RunDir
+from jobs.stage_jobs import Outcome, run_stage_jobs
 
 KILLED = 77
 
@@ -49,7 +49,7 @@ def drive_both_stages(run: RunDir) -> list[Outcome]:
 
 
 def killed_at_line(run: RunDir, line: int) -> bool:
-    """Whether a process that drives both stages came to the `line`-th line of the controller, or of what appends to the
+    """Whether a process that drives both stages came to the `line`-th line of `stage_jobs`, or of what appends to the
     ledger, and died there.
     """
     child = os.fork()
@@ -61,7 +61,7 @@ def killed_at_line(run: RunDir, line: int) -> bool:
         def trace(frame: FrameType, event: str, argument: object) -> Any:
             nonlocal seen
             code = frame.f_code
-            if not code.co_filename.endswith("jobs/controller.py") and code.co_name != "_append":
+            if not code.co_filename.endswith("jobs/stage_jobs.py") and code.co_name != "_append":
                 return None
             if event == "line":
                 seen += 1

@@ -18,12 +18,12 @@ from infra.lease import Lease, LeaseHeldError
 from infra.ledger import Ledger, RunState
 from infra.ray_cluster import Cluster
 from infra.ray_jobs import Jobs, JobState
-from jobs.controller import Outcome, run_stage_jobs
 from jobs.drift import find_drift, record_drift
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, resolve_paths
 from jobs.run_dir import RunDir
-from jobs.submit import controller_id, drive, hand_over, open_run, put_aside, start_controller
+from jobs.stage_jobs import Outcome, run_stage_jobs
+from jobs.submit import begin_stage, controller_id, drive, hand_over, open_run, put_aside, start_controller
 
 
 @pytest.fixture
@@ -373,5 +373,30 @@ def test_a_killed_controller_is_replaced_while_the_command_follows(tmp_path: Pat
     said = io.StringIO()
     code = drive(cluster, run, ProgressReport(Console(file=said)))
     assert code == 0
-    assert table.submitted == [controller_id(run, 1), controller_id(run, 2)]
+    assert table.submitted == [f"{run.run_id}-s1-a1", controller_id(run, 1), controller_id(run, 2)]
     assert "was killed" in said.getvalue()
+
+
+def test_the_next_stage_begins_beside_the_controller_and_none_where_all_are_done(tmp_path: Path) -> None:
+    run, table = small_run(tmp_path), FakeJobs()
+    ledger = Ledger(run.ledger_file)
+    ledger.record_stage(1, "done")
+    begin_stage(cluster_of(table), run)
+    assert table.submitted == [f"{run.run_id}-s2-a1"]
+    ledger.record_stage(2, "done")
+    begin_stage(cluster_of(table), run)
+    assert table.submitted == [f"{run.run_id}-s2-a1"]
+
+
+def test_a_stage_found_at_work_that_gives_up_is_not_tried_again(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    ledger, table = Ledger(run.ledger_file), FakeJobs()
+    begin_stage(cluster_of(table), run)
+
+    def look(job_id: str) -> JobState:
+        ledger.record_stage(1, "failed", reason="its budgets are spent")
+        return state(job_id, "FAILED", exit_code=1)
+
+    table.on_look = look
+    assert run_stage_jobs(cast(Jobs, table), run, ledger, 1, 3, say=lambda *values: None) == "failed"
+    assert table.submitted == [f"{run.run_id}-s1-a1"]
