@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, driven over its DevTools protocol; where none is installed they are skipped."""
+"""A headless Chromium for tests of pages, driven over DevTools; where none is installed they are skipped."""
 
 import asyncio
 import itertools
