@@ -276,13 +276,17 @@ def embed(
     clip_s: Annotated[
         float, tyro.conf.arg(help="Seconds of the clips that videos are cut into; best as in training.")
     ] = 2.0,
+    stride_s: Annotated[
+        float | None,
+        tyro.conf.arg(help="Seconds from one clip's start to the next; less than --clip-s: they overlap."),
+    ] = None,
     batch_size: Annotated[int, tyro.conf.arg(help="Clips encoded at once.")] = 16,
     device: Annotated[Literal["cpu", "cuda"], tyro.conf.arg(help="Where the model runs.")] = "cpu",
 ) -> int:
     """Encode videos, clip by clip, or sentences with an exported model."""
     from jobs.embed import embed as run
 
-    return run(model_dir, source, output, clip_s, batch_size, device, _report())
+    return run(model_dir, source, output, clip_s, batch_size, device, _report(), stride_s)
 
 
 def search(

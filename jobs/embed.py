@@ -71,8 +71,10 @@ def embed(
     batch_size: int,
     device: Literal["cpu", "cuda"],
     report: ProgressReport,
+    stride_s: float | None = None,
 ) -> int:
-    """Features of the videos in a folder (or of one video), or of the lines of a text file, to .parquet or .npy.
+    """Features of the videos in a folder (or of one video), or of the lines of a text file, to .parquet or .npy. Pieces
+    of videos are `clip_s` long and begin every `stride_s` (default: end to end).
 
     Raises EmbedError for an output of another kind, an input without videos or sentences, and when not one clip could
     be read; ExportError for a folder that is no export.
@@ -81,6 +83,9 @@ def embed(
         raise EmbedError(f"--output is {output}; expected a name that ends in .parquet or .npy")
     if clip_s <= 0 or batch_size < 1:
         raise EmbedError(f"--clip-s is {clip_s}, --batch-size {batch_size}; both must be positive")
+    stride_s = clip_s if stride_s is None else stride_s
+    if not 0 < stride_s <= clip_s:
+        raise EmbedError(f"--stride-s is {stride_s}; expected more than 0 and at most --clip-s, {clip_s}")
     if device == "cuda" and not torch.cuda.is_available():
         raise EmbedError("--device is cuda, and torch finds no GPU here; leave it out")
     videos = find_videos(source)
@@ -101,7 +106,7 @@ def embed(
             )
         return 0
     with report.task("embed", len(videos)) as task:
-        clips = embed_videos(model, videos, clip_s, batch_size, task.advance)
+        clips = embed_videos(model, videos, clip_s, stride_s, batch_size, task.advance)
     for lost in clips.unreadable:
         where = "" if lost.start_s is None else f", {lost.start_s:.2f} to {lost.end_s:.2f} s"
         report.say(f"unreadable: {lost.path}{where}: {lost.reason}: {lost.detail}")
@@ -148,17 +153,21 @@ def read_sentences(path: Path) -> list[str]:
     return sentences
 
 
-def cut(path: Path, duration_s: float, clip_s: float) -> list[Span]:
-    """Pieces of `clip_s` from the start on; a rest of less than half a piece belongs to the last one."""
-    num_clips = max(1, int(duration_s / clip_s + 0.5))
-    bounds = [number * clip_s for number in range(num_clips)] + [duration_s]
-    return [Span(str(path), *bounds[number : number + 2]) for number in range(num_clips)]
+def cut(path: Path, duration_s: float, clip_s: float, stride_s: float) -> list[Span]:
+    """Pieces of `clip_s` that begin every `stride_s`, the last one at the latest half a stride before it would reach
+    the end, to which it goes.
+    """
+    num_clips = max(1, int((duration_s - clip_s) / stride_s + 1.5))
+    starts = [number * stride_s for number in range(num_clips)]
+    ends = [start + clip_s for start in starts[:-1]] + [duration_s]
+    return [Span(str(path), start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def embed_videos(
     model: ExportedModel,
     videos: Sequence[Path],
     clip_s: float,
+    stride_s: float,
     batch_size: int,
     advance: Callable[[], None] = lambda: None,
 ) -> EmbeddedClips:
@@ -175,7 +184,7 @@ def embed_videos(
             waiting.clear()
 
     for path in videos:
-        for span, found in decode_spans(model, path, clip_s):
+        for span, found in decode_spans(model, path, clip_s, stride_s):
             if isinstance(found, Unreadable):
                 result.unreadable.append(found)
                 continue
@@ -190,7 +199,7 @@ def embed_videos(
 
 
 def decode_spans(
-    model: ExportedModel, path: Path, clip_s: float
+    model: ExportedModel, path: Path, clip_s: float, stride_s: float
 ) -> Iterator[tuple[Span | None, UInt8[Tensor, "T C H W"] | Unreadable]]:
     """Pieces of one video with their frames as the model takes them, or why there are none."""
     try:
@@ -202,35 +211,37 @@ def decode_spans(
         yield None, Unreadable(str(path), "no_duration", "its header does not say how long it is")
         return
     video = model.model.config.video
-    spans = cut(path, header.duration_s, clip_s)
-    requests = [
-        FrameRequest(time_s, span.end_s)
-        for span in spans
-        for time_s in midpoint_times(span.start_s, span.end_s, video.num_frames)
-    ]
+    spans = cut(path, header.duration_s, clip_s, stride_s)
+    times = [midpoint_times(span.start_s, span.end_s, video.num_frames) for span in spans]
+    # A frame that overlapping pieces share is decoded once.
+    ends = {time_s: span.end_s for span, of_span in zip(spans, times, strict=True) for time_s in of_span}
+    requests = [FrameRequest(time_s, ends[time_s]) for time_s in sorted(ends)]
     timeline = VideoTimeline(path.name, None, (Chunk(str(path), 0.0, path.stat().st_size, ""),))
     resizer = FrameResizer(model.short_side)
-    frames: list[Tensor] = []
-    failure: FrameFailure | None = None
-    # Requests are in order of time, so answers come in that order and a piece's frames one after the other.
+    frames: dict[float, Tensor | FrameFailure] = {}
+    waiting = 0
+    # Requests are in order of time, so answers come in that order, and pieces are whole one after the other.
     for number, answer in PyAvDecoder().decode_frames(timeline, requests):
+        now_s = requests[number].time_s
         if isinstance(answer, FrameFailure):
-            failure = failure or answer
+            frames[now_s] = answer
         else:
             (small,) = resizer.resize([answer.image])
             image = torch.from_numpy(np.ascontiguousarray(small))[None]
-            frames.append(resize_frames(image, video.image_size, video.image_size)[0].contiguous())
-        if number % video.num_frames < video.num_frames - 1:
-            continue
-        span = spans[number // video.num_frames]
-        if failure is not None:
-            yield (
-                span,
-                Unreadable(span.path, failure.reason.value, failure.detail, span.start_s, span.end_s),
-            )
-        else:
-            yield span, torch.stack(frames)
-        frames, failure = [], None
+            frames[now_s] = resize_frames(image, video.image_size, video.image_size)[0].contiguous()
+        while waiting < len(spans) and times[waiting][-1] <= now_s:
+            yield spans[waiting], whole_piece(spans[waiting], [frames[time_s] for time_s in times[waiting]])
+            waiting += 1
+            first_s = times[waiting][0] if waiting < len(spans) else float("inf")
+            frames = {time_s: frame for time_s, frame in frames.items() if time_s >= first_s}
+
+
+def whole_piece(span: Span, frames: Sequence[Tensor | FrameFailure]) -> UInt8[Tensor, "T C H W"] | Unreadable:
+    """The frames of a piece; where one could not be had, the first reason."""
+    failure = next((frame for frame in frames if isinstance(frame, FrameFailure)), None)
+    if failure is not None:
+        return Unreadable(span.path, failure.reason.value, failure.detail, span.start_s, span.end_s)
+    return torch.stack([frame for frame in frames if isinstance(frame, Tensor)])
 
 
 def write_table(

@@ -56,14 +56,34 @@ def exported(tmp_path: Path) -> Path:
 
 
 def test_a_short_rest_belongs_to_the_last_piece_and_a_long_one_stands_alone() -> None:
-    assert [(s.start_s, s.end_s) for s in cut(Path("v"), 4.9, 2.0)] == [(0.0, 2.0), (2.0, 4.9)]
-    assert [(s.start_s, s.end_s) for s in cut(Path("v"), 5.1, 2.0)] == [(0.0, 2.0), (2.0, 4.0), (4.0, 5.1)]
-    assert [(s.start_s, s.end_s) for s in cut(Path("v"), 0.3, 2.0)] == [(0.0, 0.3)]
+    assert [(s.start_s, s.end_s) for s in cut(Path("v"), 4.9, 2.0, 2.0)] == [(0.0, 2.0), (2.0, 4.9)]
+    assert [(s.start_s, s.end_s) for s in cut(Path("v"), 5.1, 2.0, 2.0)] == [
+        (0.0, 2.0),
+        (2.0, 4.0),
+        (4.0, 5.1),
+    ]
+    assert [(s.start_s, s.end_s) for s in cut(Path("v"), 0.3, 2.0, 2.0)] == [(0.0, 0.3)]
+
+
+def test_overlapping_pieces_begin_every_stride_and_the_last_one_goes_to_the_end() -> None:
+    spans = [(s.start_s, s.end_s) for s in cut(Path("v"), 3.2, 2.0, 0.5)]
+    assert spans == [(0.0, 2.0), (0.5, 2.5), (1.0, 3.2)]
+
+
+def test_overlapping_pieces_share_their_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", num_frames=60)
+    found = list(decode_spans(showing(2), path, clip_s=1.0, stride_s=0.5))
+    numbers = []
+    for _, frames in found:
+        assert isinstance(frames, torch.Tensor)
+        numbers.append([read_barcode(frame.permute(1, 2, 0).numpy()) for frame in frames])
+    # At 30 frames a second: the middles of the halves of a second that begins at frame 0, 15 and 30.
+    assert numbers == [[7, 22], [22, 37], [37, 52]]
 
 
 def test_a_clip_shows_the_frames_at_the_middles_of_its_parts(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", num_frames=60)
-    found = list(decode_spans(showing(3), path, clip_s=1.0))
+    found = list(decode_spans(showing(3), path, clip_s=1.0, stride_s=1.0))
     assert [span for span, _ in found] == [Span(str(path), 0.0, 1.0), Span(str(path), 1.0, 2.0)]
     numbers = []
     for _, frames in found:
@@ -77,7 +97,7 @@ def test_a_clip_shows_the_frames_at_the_middles_of_its_parts(tmp_path: Path) -> 
 def test_features_stand_beside_their_spans_whatever_the_batch(tmp_path: Path) -> None:
     first = write_video(tmp_path / "a.mp4", num_frames=60)
     second = write_video(tmp_path / "b.mp4", num_frames=60, first_number=100)
-    found = embed_videos(showing(1), [first, second], clip_s=1.0, batch_size=3)
+    found = embed_videos(showing(1), [first, second], clip_s=1.0, stride_s=1.0, batch_size=3)
     assert [(Path(span.path).name, span.start_s) for span in found.spans] == [
         ("a.mp4", 0.0),
         ("a.mp4", 1.0),
@@ -95,7 +115,7 @@ def test_a_damaged_video_loses_the_clips_it_cannot_show_and_no_others(tmp_path: 
     length = content.index(b"moov") - 4 - media
     content[media + length * 5 // 8 : media + length * 7 // 8] = bytes(length * 7 // 8 - length * 5 // 8)
     path.write_bytes(content)
-    found = embed_videos(showing(1), [path], clip_s=1.0, batch_size=2)
+    found = embed_videos(showing(1), [path], clip_s=1.0, stride_s=1.0, batch_size=2)
     assert [span.start_s for span in found.spans][:2] == [0.0, 1.0]
     assert found.unreadable
     assert all(lost.start_s is not None and lost.start_s >= 2.0 for lost in found.unreadable)
@@ -179,6 +199,6 @@ def test_a_search_of_something_else_says_what_it_needs(tmp_path: Path, report_li
 def test_a_whole_video_that_cannot_be_opened_has_no_times(tmp_path: Path) -> None:
     path = tmp_path / "empty.mp4"
     path.touch()
-    ((span, found),) = decode_spans(showing(1), path, clip_s=1.0)
+    ((span, found),) = decode_spans(showing(1), path, clip_s=1.0, stride_s=1.0)
     assert span is None
     assert found == Unreadable(str(path), "empty_video", f"{path} has 0 bytes")
