@@ -351,7 +351,9 @@ def _options(settings: Settings) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """What is wrong ends in a message and exit code 2; `status` gives 3 when none runs."""
-    parser = argparse.ArgumentParser(prog="python -m infra.mlflow_server", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.mlflow_server", description="An MLflow server for a team."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name in ("start", "run", "stop", "status"):
         verb = verbs.add_parser(name)

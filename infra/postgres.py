@@ -64,6 +64,7 @@ class Postgres:
         command = [str(self.binaries / "postgres"), "-D", str(self.data), "-c", "listen_addresses="]
         command += ["-c", f"unix_socket_directories={self.data}", "-c", f"port={_PORT}"]
         self._wait_for_predecessor()
+        uid, gid, groups = self._ids()
         with log.open("ab") as file:
             return subprocess.Popen(
                 command,
@@ -73,7 +74,9 @@ class Postgres:
                 env=dict(environment),
                 cwd="/",
                 start_new_session=True,
-                **self._as_user(),
+                user=uid,
+                group=gid,
+                extra_groups=groups,
             )
 
     def wait_ready(self, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60.0) -> None:
@@ -101,13 +104,17 @@ class Postgres:
         return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
 
     def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, cwd="/", **self._as_user())
+        uid, gid, groups = self._ids()
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd="/", user=uid, group=gid, extra_groups=groups
+        )
 
-    def _as_user(self) -> dict:
+    def _ids(self) -> tuple[int | None, int | None, list[int] | None]:
+        """User, group and further groups, as subprocess takes them."""
         if self.user is None:
-            return {}
+            return None, None, None
         entry = pwd.getpwnam(self.user)
-        return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+        return entry.pw_uid, entry.pw_gid, []
 
 
 def find_postgres(data: Path, root_runs_as: str = "postgres") -> Postgres:
