@@ -163,3 +163,7 @@ class TrackingConfig(Settings):
     backend: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = Field(default=None, description="None = an SQLite file in the workspace.")
     experiment: str = Field(default="svitt-ego", min_length=1)
+    upload_weights: bool = Field(
+        default=False,
+        description="Also copies the weights of registered checkpoints into MLflow's artifact store.",
+    )

@@ -87,8 +87,10 @@ class MlflowRuns:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
-        try:  # an absolute place: the default is a folder of whatever directory a process runs in
-            return self.client.create_experiment(name, artifact_location=artifact_dir.resolve().as_uri())
+        # An absolute place: the default is a folder of whatever directory a process runs in. A server has its own.
+        place = None if self.uri.startswith(("http:", "https:")) else artifact_dir.resolve().as_uri()
+        try:
+            return self.client.create_experiment(name, artifact_location=place)
         except MlflowException:
             found = self.client.get_experiment_by_name(name)  # another process was faster
             if found is None:

@@ -252,6 +252,46 @@ def compare(
     return run(runs, _report(), html, csv)
 
 
+def lineage(
+    target: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="MODEL",
+            help="champion, latest-stage, a version's number, a checkpoint's folder or a run directory.",
+        ),
+    ],
+    workspace: Annotated[Path, tyro.conf.arg(help="Whose mlflow.db has the aliases and versions.")] = Path(),
+    uri: Annotated[str | None, tyro.conf.arg(help="Another MLflow, such as http://127.0.0.1:5000.")] = None,
+    model: Annotated[
+        str | None, tyro.conf.arg(help="Registered model, a recipe's name. Default: the only one.")
+    ] = None,
+    json: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="All of it for a program to read.")
+    ] = False,
+) -> int:
+    """Show where a model comes from: version, checkpoint, parents, data, code, recipe, scores."""
+    from jobs.lineage import show_lineage
+
+    return show_lineage(target, workspace, uri, model, _report(), as_json=json)
+
+
+def champion(
+    run_dir: RunArg,
+    force: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="REASON", help="Makes it champion whatever its score, and keeps why."),
+    ] = None,
+    stage: Annotated[
+        int | None, tyro.conf.arg(help="With --force. Default: the newest that is done.")
+    ] = None,
+) -> int:
+    """Tell MLflow of a run's checkpoints and hold them against the champion, or make one champion by hand."""
+    from jobs.champion import show_champion
+
+    return show_champion(_open(run_dir), stage, force, _report())
+
+
 def export(
     run_dir: RunArg,
     output: Annotated[Path, tyro.conf.arg(help="The folder to write; must not exist.")],
@@ -518,6 +558,8 @@ VERBS = {
         evaluate,
         report,
         compare,
+        lineage,
+        champion,
         export,
         embed,
         search,

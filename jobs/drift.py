@@ -71,6 +71,7 @@ CLASSES: Mapping[str, DriftClass] = {
     "tracking.backend": "free",
     "tracking.uri": "free",
     "tracking.experiment": "free",
+    "tracking.upload_weights": "free",
     "inflation": "warned",
     "log_every_steps": "free",
 }

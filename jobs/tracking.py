@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from infra.config_io import config_hash
 from infra.journal import Journal, Scalar
-from infra.ledger import Ledger
+from infra.ledger import Ledger, RunState
 from infra.mlflow_tracker import MlflowForwarder, MlflowRuns, RunStatus, TrackingError, sqlite_uri
 from infra.runtime import provenance
 from jobs.goodput import goodput
@@ -72,6 +72,9 @@ class RunTracking:
         )
         self._journal.flush()
         self._close(number)
+        from jobs.champion import register_or_say  # imports torch, which this process does without until here
+
+        register_or_say(self._run, self._runs, stage_runs(self._ledger.read()))
         self._set_status(number, outcome)
 
     def finish_run(self, outcome: str) -> None:
@@ -158,6 +161,11 @@ class RunTracking:
 def fact_name(number: int) -> str:
     """Under which name the ledger keeps the MLflow run id of the parent (0) or of a stage."""
     return "mlflow_run" if number == 0 else f"mlflow_run_stage_{number}"
+
+
+def stage_runs(state: RunState) -> dict[int, str]:
+    """MLflow's run ids by number of the stage, as far as the ledger knows them."""
+    return {n: state.facts[fact_name(n)] for n in sorted(state.stages) if fact_name(n) in state.facts}
 
 
 def tracking_uri(recipe: Recipe) -> str:
