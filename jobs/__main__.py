@@ -15,6 +15,7 @@ from rich.console import Console
 
 from infra.config_io import ConfigError
 from infra.memory_budget import parse_memory
+from infra.redaction import RedactingFilter, redacted
 from infra.runtime import prepare_process
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, load_recipe_tree, resolve_paths
@@ -250,6 +251,18 @@ def compare(
     from jobs.compare import compare as run
 
     return run(runs, _report(), html, csv)
+
+
+def rebuild(
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR", help="Run directories.")
+    ],
+    uri: Annotated[str | None, tyro.conf.arg(help="Another MLflow than that of the recipe.")] = None,
+) -> int:
+    """Make the MLflow runs of run directories again, or whole, from their journals and ledgers."""
+    from jobs.rebuild import rebuild as run
+
+    return run(runs, uri, _report())
 
 
 def export(
@@ -514,6 +527,7 @@ VERBS = {
         evaluate,
         report,
         compare,
+        rebuild,
         export,
         embed,
         search,
@@ -527,13 +541,15 @@ def main() -> int:
     """Runs one verb. What a user can mend ends in a message and exit code 2, not in a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger().setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RedactingFilter())
     prepare_process()
     try:
         return tyro.extras.subcommand_cli_from_dict(VERBS, prog="svitt", description="Pretrains SViTT-Ego.")
     except Exception as error:
         if not type(error).__module__.startswith(("pipeline.", "model.", "infra.", "jobs.")):
             raise
-        print(f"svitt: {error}", file=sys.stderr)
+        print(f"svitt: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("svitt: interrupted; the same command continues", file=sys.stderr)
