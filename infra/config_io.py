@@ -222,8 +222,8 @@ def _secrets_in(value: Any, path: str = "") -> Iterator[str]:
             yield from _secrets_in(item, f"{path}.{index}")
     elif isinstance(value, str) and (what := secret_in_address(value)) is not None:
         yield (
-            f"{path}: the address {redacted(value)} holds {what}, which would be stored with the run. Write it without, "
-            "and put secrets into the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            f"{path}: the address {redacted(value)} holds {what}, which would be stored with the run. Write it "
+            "without, and put secrets into the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or PGPASSWORD"
         )
 

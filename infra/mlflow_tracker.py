@@ -75,8 +75,8 @@ class MlflowRuns:
     ) -> str:
         """Id of the run with this key, created if needed and set to RUNNING; tags are added or replaced.
 
-        `run_id` is what the caller remembers; if MLflow no longer has it, the run is looked up by key. `start_ms`, since
-        1970, is that of a run to be created. One caller at a time for a key. Raises TrackingError.
+        `run_id` is what the caller remembers; if MLflow no longer has it, the run is looked up by key. `start_ms` since
+        1970 is that of a run to be created. One caller at a time for a key. Raises TrackingError.
         """
         key = key.replace("'", "")  # MLflow's search has no way to quote it
         all_tags = {_KEY: key, **{k: str(v) for k, v in (tags or {}).items()}}

@@ -13,17 +13,16 @@ from typing import Any
 
 HIDDEN = "***"
 
-# Words of a name: `hf_token` is secret, `tokens_in` holds another word. `key` is one after another: `api_key`.
+# Words of a name. `key` is one after another (`api_key`), `token` one at the end: `hf_token`, but `token_order`.
 _SECRET_WORDS = frozenset(
-    ["token", "secret", "password", "passwd", "passphrase", "pwd", "apikey", "credential", "credentials"]
-    + ["dsn", "signature", "sig", "authorization"]
-)
+    ("secret", "password", "passwd", "passphrase", "pwd", "apikey", "credential", "credentials", "dsn")
+) | {"signature", "sig", "authorization"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ADDRESS_PASSWORD = re.compile(r"(?P<scheme>[a-z][a-z0-9+.\-]*://)(?P<user>[^\s/?#'\"]*)@", re.IGNORECASE)
 # name=value and name: value, quoted or not, in addresses, command lines, headers and the text of errors.
 _ASSIGNMENT = re.compile(
-    r"""(?P<name>[A-Za-z_][A-Za-z0-9_.\-]*)(?P<sign>["']?\s*(?:=|:(?!//))\s*(?:Bearer\s+|Basic\s+)?)"""
-    r"""(?P<quote>["']?)(?P<value>[^\s"'&,;)\]}]+)"""
+    r"""(?P<name>[A-Za-z_][A-Za-z0-9_.\-]*)(?P<sign>["']?\s*(?:=|:(?!//))\s*)"""
+    r"""["']?(?:(?:Bearer|Basic)\s+)?(?P<value>[^\s"'&,;)\]}]+)"""
 )
 _SHORTEST_VALUE = 6  # shorter ones would be struck out of ordinary words
 
@@ -32,7 +31,7 @@ _SHORTEST_VALUE = 6  # shorter ones would be struck out of ordinary words
 def is_secret(name: str) -> bool:
     """Whether a value of this name is not to be written: `HF_TOKEN`, `awsAccessKeyId`, `api-key`, `sig`."""
     words = [word.lower() for word in _WORD.findall(name)]
-    return "key" in words[1:] or not _SECRET_WORDS.isdisjoint(words)
+    return "token" in words[-1:] or "key" in words[1:] or not _SECRET_WORDS.isdisjoint(words)
 
 
 def redacted(text: str, environ: Mapping[str, str] | None = None) -> str:
@@ -42,7 +41,13 @@ def redacted(text: str, environ: Mapping[str, str] | None = None) -> str:
     for value in secret_values(os.environ if environ is None else environ):
         text = text.replace(value, HIDDEN)
     text = _ADDRESS_PASSWORD.sub(rf"\g<scheme>{HIDDEN}@", text)
-    return _ASSIGNMENT.sub(_without_value, text)
+    clean, at = "", 0
+    while match := _ASSIGNMENT.search(text, at):
+        if is_secret(match["name"]):
+            clean, at = clean + text[at : match.start("value")] + HIDDEN, match.end()
+        else:  # what stands there may be an assignment itself
+            clean, at = clean + text[at : match.end("sign")], match.end("sign")
+    return clean + text[at:]
 
 
 def redacted_mapping(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,9 +92,3 @@ class RedactingFilter(logging.Filter):
         if record.exc_text:
             record.exc_text = redacted(record.exc_text)
         return True
-
-
-def _without_value(match: re.Match[str]) -> str:
-    if not is_secret(match["name"]):
-        return match[0]
-    return f"{match['name']}{match['sign']}{match['quote']}{HIDDEN}"
