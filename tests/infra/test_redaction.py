@@ -31,7 +31,7 @@ from jobs.recipe import load_recipe
         "Authorization",
         "private.key",
         "token",
-    ],  # noqa: E501
+    ],
 )
 def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
