@@ -18,12 +18,15 @@ _SECRET_WORDS = frozenset(
     ("secret", "password", "passwd", "passphrase", "pwd", "apikey", "credential", "credentials", "dsn")
 ) | {"signature", "sig", "authorization"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_ADDRESS_PASSWORD = re.compile(r"(?P<scheme>[a-z][a-z0-9+.\-]*://)(?P<user>[^\s/?#'\"]*)@", re.IGNORECASE)
-# name=value and name: value, quoted or not, in addresses, command lines, headers and the text of errors.
-_ASSIGNMENT = re.compile(
-    r"""(?P<name>[A-Za-z_][A-Za-z0-9_.\-]*)(?P<sign>["']?\s*(?:=|:(?!//))\s*)"""
-    r"""["']?(?:(?:Bearer|Basic)\s+)?(?P<value>[^\s"'&,;)\]}]+)"""
+_ADDRESS_PASSWORD = re.compile(
+    r"(?<![a-z0-9+.\-])(?P<scheme>[a-z][a-z0-9+.\-]{0,30}://)(?P<user>[^\s/?#'\"]*)@", re.IGNORECASE
 )
+# Names begin where a word does and are bounded, so that a long text takes a time that is linear in its length.
+# name=value and name: value, quoted or not, in addresses, command lines, headers and the text of errors.
+_NAME_AND_SIGN = re.compile(
+    r"""(?<![A-Za-z0-9_.])(?P<name>[A-Za-z_][A-Za-z0-9_.\-]{0,200})["']?\s{0,4}(?:=|:(?!//))\s{0,4}"""
+)
+_VALUE = re.compile(r"""(?P<before>["']?(?:(?:Bearer|Basic)\s+)?)[^\s"'&,;)\]}]+""")
 _SHORTEST_VALUE = 6  # shorter ones would be struck out of ordinary words
 
 
@@ -41,13 +44,13 @@ def redacted(text: str, environ: Mapping[str, str] | None = None) -> str:
     for value in secret_values(os.environ if environ is None else environ):
         text = text.replace(value, HIDDEN)
     text = _ADDRESS_PASSWORD.sub(rf"\g<scheme>{HIDDEN}@", text)
-    clean, at = "", 0
-    while match := _ASSIGNMENT.search(text, at):
-        if is_secret(match["name"]):
-            clean, at = clean + text[at : match.start("value")] + HIDDEN, match.end()
-        else:  # what stands there may be an assignment itself
-            clean, at = clean + text[at : match.end("sign")], match.end("sign")
-    return clean + text[at:]
+    clean, at = [], 0
+    for match in _NAME_AND_SIGN.finditer(text):
+        value = _VALUE.match(text, match.end()) if match.start() >= at and is_secret(match["name"]) else None
+        if value is not None:
+            clean += [text[at : value.end("before")], HIDDEN]
+            at = value.end()
+    return "".join(clean) + text[at:]
 
 
 def redacted_mapping(values: Mapping[str, Any]) -> dict[str, Any]:

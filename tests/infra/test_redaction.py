@@ -72,6 +72,7 @@ def test_no_setting_of_a_recipe_is_taken_for_a_secret() -> None:
         ("{'Authorization': 'Bearer abc'}", "{'Authorization': 'Bearer ***'}"),
         ("Authorization: Bearer abc", "Authorization: Bearer ***"),
         ('{"api_key": "abc"}', '{"api_key": "***"}'),
+        ("run --token=abc --api-key abc", "run --token=*** --api-key abc"),
         ("--set data.password=abc --set seed=1", "--set data.password=*** --set seed=1"),
         (
             "KeyError: 'stage'; keep_rate=0.7; tokens_in: 12",
