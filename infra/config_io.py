@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from infra.redaction import redacted, secret_in_address
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -82,7 +84,12 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
 
 
 def validate(model: type[ModelT], tree: Mapping[str, Any], source: str) -> ModelT:
-    """Build the typed tree; a ConfigError lists every fault with key, value found, rule and nearest key."""
+    """Build the typed tree; a ConfigError lists every fault with key, value found, rule and nearest key.
+
+    An address with a password or signature is a fault: the tree is stored and shown in many places.
+    """
+    if problems := list(_secrets_in(tree)):
+        raise ConfigError(source, problems)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -205,6 +212,22 @@ def _describe(model: type[BaseModel], fault: Mapping[str, Any]) -> str:
     return f"{path}: found {_short(fault['input'])}; {rule}{hint}"
 
 
+def _secrets_in(value: Any, path: str = "") -> Iterator[str]:
+    """A problem for every text of a tree that must not be stored."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _secrets_in(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _secrets_in(item, f"{path}.{index}")
+    elif isinstance(value, str) and (what := secret_in_address(value)) is not None:
+        yield (
+            f"{path}: the address {redacted(value)} holds {what}, which would be stored with the run. Write it "
+            "without, and put secrets into the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or PGPASSWORD"
+        )
+
+
 def _nearest(word: str, choices: list[str]) -> str | None:
     close = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
     return close[0] if close else None
@@ -243,5 +266,5 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = redacted(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,19 +1,24 @@
 """What a stage measured, on disk first: an append-only file of metrics, params and tags, one JSON line each.
 
-Tracking servers are fed from it (see mlflow_tracker), so losing one loses nothing. A `resume` line voids the
-metrics of later steps before it: after a crash those steps are computed and written again. Lines carry the generation
-of their writer, and those of one that has been replaced meanwhile do not count.
+Tracking servers are fed from it (see mlflow_forwarder), so losing one loses nothing. A `resume` line voids the
+metrics of later steps before it: after a crash those steps are computed and written again. A `saved` line says that a
+checkpoint has them, so that they will not be. Lines carry the generation of their writer, and those of one that has
+been replaced meanwhile do not count. Secrets are redacted before a line is written.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from infra.redaction import redacted_mapping
 
 _NAME = re.compile(r"[A-Za-z0-9_\-./: ]{1,250}")
 
@@ -28,6 +33,8 @@ class Tracker(Protocol):
     def params(self, values: Mapping[str, Any]) -> None: ...
 
     def tags(self, values: Mapping[str, Scalar]) -> None: ...
+
+    def saved(self, step: int) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -46,6 +53,9 @@ class NullTracker:
     def tags(self, values: Mapping[str, Scalar]) -> None:
         return None
 
+    def saved(self, step: int) -> None:
+        return None
+
     def flush(self) -> None:
         return None
 
@@ -54,7 +64,7 @@ class NullTracker:
 
 
 class Journal:
-    """Tracker that appends to a file. One writer at a time; readers may follow it while it grows."""
+    """Tracker that appends to a file. One writer at a time, of any threads; readers may follow it while it grows."""
 
     def __init__(
         self,
@@ -68,6 +78,7 @@ class Journal:
         self.path = path
         self._clock = clock
         self._generation = generation
+        self._lock = threading.Lock()
         self._file = path.open("a", encoding="utf-8")
         if resume_step is not None:
             self._write({"kind": "resume", "step": resume_step})
@@ -82,15 +93,27 @@ class Journal:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Add settings. A nested mapping becomes flat, with dotted names."""
-        self._write({"kind": "params", "values": flatten(values)})
+        self._write({"kind": "params", "values": redacted_mapping(flatten(values))})
 
     def tags(self, values: Mapping[str, Scalar]) -> None:
         """Add or replace readable facts: provenance, checkpoint paths, fingerprints."""
-        self._write({"kind": "tags", "values": {key: str(value) for key, value in values.items()}})
+        texts = {key: str(value) for key, value in values.items()}
+        self._write({"kind": "tags", "values": redacted_mapping(texts)})
+
+    def saved(self, step: int) -> None:
+        """Say that a checkpoint holds everything up to this step; on disk when it returns.
+
+        After `close` nothing is said: a stage that fails does not wait for the checkpoint it is publishing, and the
+        next resume tells the same.
+        """
+        with contextlib.suppress(ValueError):
+            self._write({"kind": "saved", "step": step})
+            self.flush()
 
     def flush(self) -> None:
         """Put everything written so far on disk; call it once per logging interval."""
-        self._file.flush()
+        with self._lock:
+            self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -100,14 +123,15 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         line = {**record, "time_ms": round(self._clock() * 1000), "generation": self._generation}
-        self._file.write(json.dumps(line, sort_keys=True) + "\n")
+        with self._lock:  # checkpoints are published, and said to be, in a thread of their own
+            self._file.write(json.dumps(line, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One line of a journal. `step` is -1 for params and tags."""
 
-    kind: Literal["metrics", "params", "tags", "resume"]
+    kind: Literal["metrics", "params", "tags", "resume", "saved"]
     step: int
     time_ms: int
     values: Mapping[str, Any]
@@ -137,9 +161,69 @@ def valid_records(path: Path) -> list[Record]:
         newest = record.generation
         if record.kind == "resume":
             kept = [r for r in kept if r.kind != "metrics" or r.step <= record.step]
-        else:
+        elif record.kind != "saved":
             kept.append(record)
     return kept
+
+
+class SettledRecords:
+    """Follows a growing journal and hands out what of it is settled: records that no later line is going to void.
+
+    Params, tags, and metrics up to the newest checkpoint, which a stage goes on from after a crash: all of
+    `valid_records` once it is saved after its last step. A journal that was never resumed is settled line by line. The
+    sequence is a function of the file alone, so a reader that starts again meets the same records in the same places.
+
+    Only when the newest checkpoint is damaged does a stage go on from an earlier one and void what was settled. Then
+    `is_revised` becomes true where such records have been handed out: the caller has to begin anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._generation = 0
+        self._settled_step: float = math.inf
+        self._handed_out_step = -1
+        self.waiting: list[Record] = []  # metrics past the newest checkpoint
+        self.metric_names: set[str] = set()  # of all lines, those that do not count among them
+        self.is_revised = False
+
+    def read(self) -> list[Record]:
+        """The records that have been settled since the last call."""
+        lines, self._offset = read_journal(self._path, self._offset)
+        settled: list[Record] = []
+        for record in lines:
+            self.metric_names.update(record.values if record.kind == "metrics" else ())
+            if record.generation < self._generation:
+                continue
+            self._generation = record.generation
+            if record.kind == "resume":
+                self.waiting = [r for r in self.waiting if r.step <= record.step]
+                settled = [r for r in settled if r.step <= record.step]
+                self.is_revised |= self._handed_out_step > record.step
+                settled += self._settle(record.step)
+            elif record.kind == "saved":
+                settled += self._settle(record.step)
+            elif record.step > self._settled_step:
+                self.waiting.append(record)
+            else:
+                settled.append(record)
+        self._handed_out_step = max([self._handed_out_step, *(record.step for record in settled)])
+        return settled
+
+    def _settle(self, step: int) -> list[Record]:
+        self._settled_step = step
+        settled = [r for r in self.waiting if r.step <= step]
+        self.waiting = [r for r in self.waiting if r.step > step]
+        return settled
+
+
+def first_time_ms(path: Path) -> int | None:
+    """When a journal was begun, in milliseconds since 1970; None while it is empty."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        line = file.readline()
+        if line.endswith(b"\n"):
+            return _parse(line).time_ms
+    return None
 
 
 def metric_history(path: Path, name: str) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from infra.durable import flush
+from infra.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,10 @@ class Ledger:
         return state
 
     def _append(self, event: dict[str, Any]) -> RunState:
-        event = {**event, "time": round(self._clock(), 3)}  # for people; order is the order of lines
+        event = {
+            **_without_secrets(event),
+            "time": round(self._clock(), 3),
+        }  # for people; lines have the order
         line = json.dumps(event, sort_keys=True, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
@@ -186,6 +190,14 @@ class Ledger:
             content = file.read()
             if content and not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
+
+
+def _without_secrets(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Reasons quote error messages, which may quote addresses and headers."""
+    return {
+        name: redacted(value) if name == "reason" else _without_secrets(value) if name == "facts" else value
+        for name, value in event.items()
+    }
 
 
 def _apply(state: RunState, event: dict[str, Any]) -> RunState:

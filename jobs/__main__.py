@@ -15,6 +15,7 @@ from rich.console import Console
 
 from infra.config_io import ConfigError
 from infra.memory_budget import parse_memory
+from infra.redaction import RedactingFilter, redacted
 from infra.runtime import prepare_process
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, load_recipe_tree, resolve_paths
@@ -292,6 +293,18 @@ def champion(
     return show_champion(_open(run_dir), stage, force, _report())
 
 
+def rebuild(
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR", help="Run directories.")
+    ],
+    uri: Annotated[str | None, tyro.conf.arg(help="Another MLflow than that of the recipe.")] = None,
+) -> int:
+    """Make the MLflow runs of run directories again, or whole, from their journals and ledgers."""
+    from jobs.rebuild import rebuild as run
+
+    return run(runs, uri, _report())
+
+
 def export(
     run_dir: RunArg,
     output: Annotated[Path, tyro.conf.arg(help="The folder to write; must not exist.")],
@@ -560,6 +573,7 @@ VERBS = {
         compare,
         lineage,
         champion,
+        rebuild,
         export,
         embed,
         search,
@@ -573,13 +587,15 @@ def main() -> int:
     """Runs one verb. What a user can mend ends in a message and exit code 2, not in a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger().setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RedactingFilter())
     prepare_process()
     try:
         return tyro.extras.subcommand_cli_from_dict(VERBS, prog="svitt", description="Pretrains SViTT-Ego.")
     except Exception as error:
         if not type(error).__module__.startswith(("pipeline.", "model.", "infra.", "jobs.")):
             raise
-        print(f"svitt: {error}", file=sys.stderr)
+        print(f"svitt: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("svitt: interrupted; the same command continues", file=sys.stderr)

@@ -94,21 +94,6 @@ def register_run(run: RunDir, runs: MlflowRuns, run_ids: Mapping[int, str]) -> l
     return said
 
 
-def register_or_say(run: RunDir, runs: MlflowRuns | None, run_ids: Mapping[int, str]) -> None:
-    """The same for a controller, which nothing here may stop; what fails is done by the next call."""
-    if runs is None:
-        return
-    try:
-        for line in register_run(run, runs, run_ids):
-            logger.info("%s", line)
-    except Exception as error:
-        logger.warning(
-            "checkpoints were not told to MLflow (%s); the end of the next stage or svitt champion %s does it",
-            error,
-            run.path,
-        )
-
-
 def crown(run: RunDir, stage: int, reason: str) -> None:
     """Has the checkpoint at the end of a stage made champion by hand, by the next `register_run`.
 

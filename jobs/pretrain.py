@@ -23,7 +23,9 @@ from infra.engine_memory import moment_bytes
 from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import EndKind, FencedError, Ledger, StageStatus
 from infra.memory_budget import Budget
+from infra.redaction import RedactingFilter
 from infra.runtime import peak_rss_bytes
+from infra.system_metrics import Gpu, SystemMetrics, cpu_name, open_gpu
 from jobs.answers import ANSWERS_FILES, write_answers
 from jobs.drift import require_history
 from jobs.evaluate import Encoder, Evaluation, score_egomcq
@@ -150,6 +152,7 @@ def run_stage_on_rank(context: StageContext, is_preempted: Callable[[], bool]) -
         else NullTracker()
     )
     tracker.params(stage_params(context))
+    tracker.tags({"device": device_name(context.device)})
     try:
         if train(context, engine, first_step, checkpoints, tracker, is_preempted):
             del engine
@@ -225,6 +228,11 @@ def stage_params(context: StageContext) -> dict[str, Any]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """What the ranks compute on, as its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
 def build_context(config: dict[str, Any]) -> StageContext:
     """Prepares the process (device, log file, seed), opens what all steps share, and says in the ledger that the ranks
     are up: the only side effects.
@@ -281,6 +289,7 @@ def log_to_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(RedactingFilter())
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
@@ -554,6 +563,7 @@ class StageSaver:
         self._context.ledger.record_stage(
             self._context.number, status, checkpoint=str(path), step=step, num_steps=self._num_steps
         )
+        self._tracker.saved(step)
 
     def _score(self, step: int) -> None:
         context = self._context
@@ -593,6 +603,7 @@ def reporter(
     start has taken over.
     """
     spikes = SpikeWatch(context.recipe.guard.spike_window, context.recipe.guard.spike_sigma)
+    system = SystemMetrics(context.run.path, gpu_of(context.device)) if context.is_first_rank else None
 
     def report(interval: Interval) -> None:
         if context.is_first_rank:
@@ -609,6 +620,8 @@ def reporter(
             "perf/rank_lag_ms": interval.rank_lag_ms,
             "mem/peak_rss_gib": peak_rss / GIB,
         }
+        if system is not None:
+            values |= system.sample()
         if watch is not None:
             values["mem/peak_device_gib"] = watch.measure() / GIB
             values["mem/predicted_device_gib"] = watch.predicted.total / GIB
@@ -633,6 +646,14 @@ def reporter(
         tracker.flush()
 
     return report
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """NVML's view of the device, which it knows by its place on the bus."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return open_gpu(f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0")
 
 
 class PreemptionNotice:

@@ -1,131 +1,10 @@
-"""MLflow gets every point once, whatever happens to it, to the writer or to the forwarder."""
+"""Runs of MLflow are found again, made of recorded facts, replaced and told apart."""
 
-import contextlib
-import logging
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from mlflow.entities import Metric
 
-from infra.journal import Journal
-from infra.mlflow_tracker import MlflowForwarder, MlflowRuns, TrackingError, sqlite_uri
-
-
-class FakeRun:
-    """One run of a server that can be down, or lose its answer after having stored."""
-
-    def __init__(self) -> None:
-        self.metrics: list[tuple[str, int, float]] = []
-        self.params: dict[str, str] = {}
-        self.tags: dict[str, str] = {}
-        self.is_down = False
-        self.lost_answers = 0
-        self.opened = threading.Event()
-
-    def open(self) -> Any:
-        if self.is_down:
-            raise ConnectionError("refused")
-        self.opened.set()
-        return self, "run"
-
-    def get_run(self, run_id: str) -> Any:
-        last: dict[str, int] = {}
-        for name, step, _ in self.metrics:
-            last[name] = max(step, last.get(name, -1))
-        objects = [Metric(name, 0.0, 0, step) for name, step in last.items()]
-        return SimpleNamespace(data=SimpleNamespace(_metric_objs=objects, params=dict(self.params)))
-
-    def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
-        if self.is_down:
-            raise ConnectionError("refused")
-        self.metrics += [(m.key, m.step, m.value) for m in metrics]
-        self.params.update({p.key: p.value for p in params})
-        self.tags.update({t.key: t.value for t in tags})
-        if self.lost_answers and metrics:
-            self.lost_answers -= 1
-            raise TimeoutError("no answer")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with contextlib.closing(Journal(tmp_path / "a.jsonl")) as opened:
-        yield opened
-
-
-def forward(run: FakeRun, journal: Journal, timeout_s: float = 5.0) -> int:
-    return MlflowForwarder(journal.path, run.open, poll_s=0.01).close(timeout_s)
-
-
-def write(journal: Journal, steps: range) -> None:
-    for step in steps:
-        journal.metrics(step, {"loss": 1.0 / step})
-    journal.flush()
-
-
-def expected(steps: range) -> list[tuple[str, int, float]]:
-    return [("loss", step, 1.0 / step) for step in steps]
-
-
-def test_forwarding_twice_stores_every_point_once(journal: Journal) -> None:
-    run = FakeRun()
-    write(journal, range(1, 1200))
-    assert forward(run, journal) == 0
-    with contextlib.closing(Journal(journal.path, resume_step=1190)) as again:
-        write(again, range(1191, 1300))
-        assert forward(run, again) == 0
-    assert run.metrics == expected(range(1, 1300))
-
-
-def test_an_answer_lost_after_storing_does_not_double_points(journal: Journal) -> None:
-    run = FakeRun()
-    run.lost_answers = 2
-    write(journal, range(1, 1300))
-    assert forward(run, journal) == 0
-    assert run.metrics == expected(range(1, 1300))
-
-
-def test_a_server_down_at_the_start_gets_everything_later(
-    journal: Journal, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = FakeRun()
-    run.is_down = True
-    forwarder = MlflowForwarder(journal.path, run.open, poll_s=0.01, longest_pause_s=0.02)
-    write(journal, range(1, 4))
-    with caplog.at_level(logging.INFO):
-        time.sleep(0.1)
-        run.is_down = False
-        assert run.opened.wait(5)
-        write(journal, range(4, 6))
-        assert forwarder.close(5) == 0
-    assert run.metrics == expected(range(1, 6))
-    assert "training goes on" in caplog.text
-
-
-def test_what_stays_unsent_is_counted_and_said(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
-    run = FakeRun()
-    run.is_down = True
-    write(journal, range(1, 4))
-    assert forward(run, journal, timeout_s=0.1) == 3
-    assert "3 journal lines have not reached MLflow" in caplog.text
-    run.is_down = False
-    assert forward(run, journal) == 0
-    assert run.metrics == expected(range(1, 4))
-
-
-def test_a_changed_param_becomes_a_tag(journal: Journal) -> None:
-    run = FakeRun()
-    journal.params({"lr": 1e-3, "seed": 0})
-    journal.params({"lr": 2e-3, "seed": 0})
-    journal.tags({"checkpoint": "step-00000010"})
-    journal.flush()
-    assert forward(run, journal) == 0
-    assert run.params == {"lr": "0.001", "seed": "0"}
-    assert run.tags == {"changed.lr": "0.002", "checkpoint": "step-00000010"}
+from infra.mlflow_tracker import DataInput, MlflowRuns, TrackingError, sqlite_uri
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +27,47 @@ def test_runs_are_found_again_by_key_id_and_parent(runs: MlflowRuns) -> None:
     assert info.info.artifact_uri.startswith("file:///")
 
 
-def test_a_real_run_holds_every_point_once(runs: MlflowRuns, journal: Journal) -> None:
-    run_id = runs.ensure("real", "stage 1")
-    journal.params({"stage": {"num_frames": 4}})
-    write(journal, range(1, 700))
-    for _ in range(2):
-        forwarder = MlflowForwarder(journal.path, lambda: (runs.client, run_id), poll_s=0.01)
-        assert forwarder.close(20) == 0
-        write(journal, range(700, 710))
-    history = runs.client.get_metric_history(run_id, "loss")
-    assert sorted(m.step for m in history) == list(range(1, 710))
-    assert runs.client.get_run(run_id).data.params == {"stage.num_frames": "4"}
-    runs.finish(run_id, "FINISHED")
-    assert runs.client.get_run(run_id).info.status == "FINISHED"
+def test_a_run_is_made_of_the_times_and_the_data_it_is_given(runs: MlflowRuns) -> None:
+    data = DataInput("/shards/train", 40 * "a", 12)
+    run_id = runs.ensure("times", "stage 1", start_ms=1000, data=data)
+    assert runs.ensure("times", "stage 1", start_ms=9000, data=data) == run_id
+    runs.finish(run_id, "KILLED", end_ms=5000)
+    found = runs.client.get_run(run_id)
+    assert (found.info.start_time, found.info.end_time, found.info.status) == (1000, 5000, "KILLED")
+    (given,) = found.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("train", 36 * "a")
+    assert (given.dataset.source, given.dataset.profile) == ('{"uri": "/shards/train"}', '{"num_clips": 12}')
+
+
+def test_a_discarded_run_is_not_found_again_by_key_or_id(runs: MlflowRuns) -> None:
+    first = runs.ensure("discarded", "stage 1")
+    runs.discard(first)
+    runs.discard(first)
+    second = runs.ensure("discarded", "stage 1", run_id=first)
+    assert second != first
+    assert runs.client.get_run(first).info.lifecycle_stage == "deleted"
+
+
+def test_a_run_created_twice_by_a_repeated_request_is_left_once(
+    runs: MlflowRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = runs.client.create_run
+    orphans: list[str] = []
+
+    def create_twice(*arguments: object) -> object:
+        orphans.append(create(*arguments).info.run_id)  # stored, but the answer was lost
+        return create(*arguments)
+
+    monkeypatch.setattr(runs.client, "create_run", create_twice)
+    run_id = runs.ensure("twice", "stage 1")
+    assert [runs.client.get_run(o).info.lifecycle_stage for o in orphans] == ["deleted"]
+    assert runs.ensure("twice", "stage 1") == run_id
+
+
+def test_a_text_is_kept_with_its_run(runs: MlflowRuns) -> None:
+    run_id = runs.ensure("text", "curriculum")
+    runs.attach_text(run_id, "recipe.yaml", "seed: 1\n")
+    assert Path(runs.client.download_artifacts(run_id, "recipe.yaml")).read_text() == "seed: 1\n"
 
 
 def test_an_unreachable_server_is_a_typed_error_without_its_password(tmp_path: Path) -> None:

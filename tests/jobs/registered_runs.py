@@ -10,7 +10,8 @@ from stored_clips import write_set
 from infra.checkpoint import CheckpointStore
 from infra.journal import Journal
 from infra.ledger import Ledger
-from infra.mlflow_tracker import MlflowForwarder, MlflowRuns
+from infra.mlflow_forwarder import JournalCopy
+from infra.mlflow_tracker import MlflowRuns
 from jobs.answers import ANSWERS_FILES, Answer, write_answers
 from jobs.ranks import SingleRank
 from jobs.run_dir import RunDir
@@ -69,6 +70,7 @@ def end_stage(
     journal = Journal(run.journal(number))
     for at, values in [*on_the_way.items(), (str(step), scores)]:
         journal.metrics(int(at), values)
+        journal.saved(int(at))
     journal.close()
     answers = [
         Answer(first_id + k, "intra", False, "c", tuple("abcde"), (0.0,) * 5, 0, 0 if k < num_right else 1)
@@ -85,6 +87,6 @@ def end_stage(
 def forward(run: RunDir, number: int, runs: MlflowRuns) -> str:
     """The stage's run in MLflow with all of its points; its id."""
     run_id = runs.ensure(f"{run.run_id}-{number}", f"stage {number}")
-    assert MlflowForwarder(run.journal(number), lambda: (runs.client, run_id), poll_s=0.01).close(30) == 0
+    JournalCopy(run.journal(number), lambda outdated=None: (runs.client, run_id)).send()
     Ledger(run.ledger_file).record_run(**{fact_name(number): run_id})
     return run_id

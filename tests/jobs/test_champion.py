@@ -1,6 +1,5 @@
 """Checkpoints become logged models and versions once; the champion changes only for a significantly better one."""
 
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +17,6 @@ from jobs.champion import (
     VERDICT,
     crown,
     judge,
-    register_or_say,
     register_run,
     show_champion,
 )
@@ -274,15 +272,6 @@ def test_a_failure_of_any_call_is_made_good_by_the_next_pass(run, runs, after):
     assert version(run, runs, LATEST_STAGE).number == "3"
     history = real.get_metric_history(run_ids[1], "eval/egomcq/intra_video_acc")
     assert [(point.step, point.value) for point in history] == [(20, 20.0), (40, 25.0)]
-
-
-def test_mlflow_being_down_is_said_and_nothing_more(run, runs, caplog):
-    end_stage(run, 1, 40, 10)
-    run_ids, runs.client = ids(run, runs, 1), FailingClient(runs.client, False)
-    with caplog.at_level(logging.WARNING):
-        register_or_say(run, runs, run_ids)
-    assert "checkpoints were not told to MLflow" in caplog.text
-    register_or_say(run, None, run_ids)
 
 
 def test_a_damaged_checkpoint_is_told_and_passed_over(run, runs, caplog):
