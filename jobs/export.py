@@ -209,7 +209,8 @@ def _features_of_fresh_process(folder: Path, clip: Tensor) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory(prefix="svitt-export-") as scratch:
         inputs, outputs = Path(scratch) / "inputs.safetensors", Path(scratch) / "outputs.safetensors"
         save_file({"pixel_values": clip}, inputs)
-        arguments = [str(folder), str(inputs), str(outputs), CHECK_CAPTION, *hidden]
+        # The process runs elsewhere, where a relative folder would be taken for the name of a model on a hub.
+        arguments = [str(folder.resolve()), str(inputs), str(outputs), CHECK_CAPTION, *hidden]
         try:
             run = subprocess.run(
                 [sys.executable, "-I", check_export.__file__, *arguments],

@@ -34,9 +34,10 @@ NARRATIONS = [
 
 
 def test_an_export_gives_our_features_by_transformers_alone_and_tells_its_story(
-    tmp_path: Path, report_lines: Report
+    tmp_path: Path, report_lines: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, lines = report_lines
+    monkeypatch.chdir(tmp_path)
     run, model = trained_run(tmp_path)
     finish_stage(run, 1, 40)
     journal = Journal(run.journal(1))
@@ -47,7 +48,7 @@ def test_an_export_gives_our_features_by_transformers_alone_and_tells_its_story(
     parent = Journal(run.journal(0))
     parent.tags({"commit": "abc123", "is_dirty": False})
     parent.close()
-    folder = tmp_path / "exports" / "small"
+    folder = Path("exports") / "small"  # relative, as people write it
 
     assert export(run, folder, 1, report) == 0
 
