@@ -142,7 +142,10 @@ def restarted_head(folder: Path, calm: WholeRun) -> None:
         command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
         command += [f"--{name}={port}" for name, port in ports.items()]
         command += [f"--temp-dir=/tmp/svitt-head-{os.getpid()}", "--object-store-memory=268435456"]
-        environment = {**os.environ, **variables, "SVITT_TEST_MARK": job.mark, "OMP_NUM_THREADS": "1"}
+        # Jobs run the `python` that the head finds, as in an activated environment.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        marks = {"SVITT_TEST_MARK": job.mark, "OMP_NUM_THREADS": "1", "PATH": path}
+        environment = {**os.environ, **variables, **marks}
         with (folder / "head.log").open("ab") as log:
             heads.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
         deadline_s = time.monotonic() + 120

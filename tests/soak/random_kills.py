@@ -41,6 +41,12 @@ def whole_run(folder: Path, name: str, zero: int) -> WholeRun:
     return WholeRun(folder, f"{name}-zero-{zero}", overrides)
 
 
+def has_come(job: WholeRun, stage: int, step: int) -> bool:
+    """Whether the run is at that step of that stage, or past it."""
+    current = job.current_stage()
+    return current == 0 or current > stage or (current == stage and job.step(stage) >= step)
+
+
 def under_fire(job: WholeRun, num_kills: int, draw: random.Random) -> list[Kill]:
     """Starts the run and kills it; the kinds take turns in drawn order."""
     kills: list[Kill] = []
@@ -52,7 +58,7 @@ def under_fire(job: WholeRun, num_kills: int, draw: random.Random) -> list[Kill]
             stage = 1 if share < STEPS else 2
             wanted = round(share) - STEPS * (stage - 1)
             target = max(1, min(STEPS - 1, wanted + draw.randint(-1, 1)))
-            job.wait_until(lambda s=stage, t=target: job.current_stage() != s or job.step(s) >= t)
+            job.wait_until(lambda s=stage, t=target: has_come(job, s, t))
             kills.append(kill_once(job, kind, draw))
             print(f"{job.name}: {kills[-1]}", flush=True)
     code = job.wait(900)
