@@ -8,7 +8,6 @@ authentication whose head is killed in stage 2 and started again. All have to en
 import argparse
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 
 from jobs.tracking import fact_name
+from tests.infra.mlflow_server import MlflowServer
 from tests.jobs.whole_runs import WholeRun, prepare_tiny
 
 STEPS = 20
@@ -66,34 +66,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-class Server:
-    """An MLflow server on loopback that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}", "--workers", "1"]
-        with (self._folder / "mlflow-server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-
-
 def tracking_down(folder: Path, calm: WholeRun) -> None:
-    server = Server(folder)
+    server = MlflowServer(folder)
     job = WholeRun(folder, "mlflow", (*OVERRIDES, f"tracking.uri={server.uri}"))
     try:
         job.start()
