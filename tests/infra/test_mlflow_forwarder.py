@@ -135,18 +135,28 @@ def test_points_past_the_last_checkpoint_wait_for_it(journal: Journal) -> None:
         require_equal(server, journal.path)
 
 
+def first_life(path: Path, last: int, saved: int) -> None:
+    """A stage that came to step `last` and has a checkpoint of step `saved`."""
+    journal = Journal(path, 0, ticking(), generation=1)
+    write(journal, range(1, last + 1))
+    journal.saved(saved)
+    journal.close()
+
+
+def life_from_step_2(path: Path, last: int) -> None:
+    """The stage again, from its checkpoint of step 2, with other losses."""
+    journal = Journal(path, 2, ticking(100.0), generation=2)
+    write(journal, range(3, last + 1), loss=10.0)
+    journal.saved(last)
+    journal.close()
+
+
 def test_steps_computed_again_after_a_crash_show_their_second_values(journal: Journal) -> None:
     server = FakeMlflow()
-    first = Journal(journal.path, 0, ticking(), generation=1)
-    write(first, range(1, 4))
-    first.saved(2)
-    first.close()
+    first_life(journal.path, last=3, saved=2)
     forwarder = JournalCopy(journal.path, server.open)
     forwarder.send()
-    second = Journal(journal.path, 2, ticking(100.0), generation=2)
-    write(second, range(3, 5), loss=10.0)
-    second.saved(4)
-    second.close()
+    life_from_step_2(journal.path, last=4)
     forwarder.send()
     losses = [(step, value) for name, step, _, value in server.run.points if name == "loss"]
     assert losses == [(1, "1.0"), (2, "0.5"), (3, str(10 / 3)), (4, "2.5")]
@@ -158,16 +168,10 @@ def test_a_damaged_checkpoint_makes_the_run_anew_from_the_journal(
     journal: Journal, is_new_forwarder: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = FakeMlflow()
-    first = Journal(journal.path, 0, ticking(), generation=1)
-    write(first, range(1, 5))
-    first.saved(4)
-    first.close()
+    first_life(journal.path, last=4, saved=4)
     forwarder = JournalCopy(journal.path, server.open)
     forwarder.send()
-    second = Journal(journal.path, 2, ticking(100.0), generation=2)
-    write(second, range(3, 6), loss=10.0)
-    second.saved(5)
-    second.close()
+    life_from_step_2(journal.path, last=5)
     if is_new_forwarder:
         forwarder = JournalCopy(journal.path, server.open)
     forwarder.send()
