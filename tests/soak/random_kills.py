@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tests.jobs.whole_runs import WholeRun, prepare_tiny
 
-STEPS, SAVE_EVERY = 40, 3
+# A controller takes some ten seconds to come back, in which a stage goes on: fifty steps of this model.
+STEPS, SAVE_EVERY = 400, 7
 KINDS = ("worker", "driver", "controller", "everything")
 
 
@@ -54,7 +55,8 @@ def under_fire(job: WholeRun, num_kills: int, draw: random.Random) -> list[Kill]
     while len(kills) < num_kills:
         kinds = draw.sample(KINDS, len(KINDS))
         for kind in kinds[: num_kills - len(kills)]:
-            share = 2 * STEPS * (len(kills) + 1) / (num_kills + 1)
+            # The last sixth is left free, so that the run is still on when the last kill comes.
+            share = 5 / 3 * STEPS * (len(kills) + 1) / num_kills
             stage = 1 if share < STEPS else 2
             wanted = round(share) - STEPS * (stage - 1)
             target = max(1, min(STEPS - 1, wanted + draw.randint(-1, 1)))
@@ -69,6 +71,10 @@ def under_fire(job: WholeRun, num_kills: int, draw: random.Random) -> list[Kill]
 
 def kill_once(job: WholeRun, kind: str, draw: random.Random) -> Kill:
     stage = job.current_stage()
+    if stage == 0:
+        raise SystemExit(
+            f"{job.name} was over before a {kind} could be killed: it needs more steps\n{job.tails()}"
+        )
     step, generation = job.step(stage), job.state.generation
     began_s = time.monotonic()
     if kind == "worker":
