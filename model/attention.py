@@ -82,7 +82,7 @@ def sparse_attention(
     elif chosen == "triton":
         from model.attention_triton import attend_by_triton  # imports Triton, which CPU machines do not have
 
-        out, cls_weights = attend_by_triton(qkv_BN3AE, codes, bias_table, layout, key_mask)
+        out, cls_weights = attend_by_triton(qkv_BN3AE, codes, bias_table, layout, key_mask, with_cls_scores)
     else:
         blocks, size = (None, num_patches) if layout is None else (layout.key_blocks_SK, layout.block_size)
         out, _, cls_weights = block_attention(

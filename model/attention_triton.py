@@ -1,11 +1,15 @@
 """Block-sparse attention on a GPU by Triton kernels, as a torch op with gradient.
 
-Patches go through the kernels: one program for each query block (forward, gradient of queries and table) or key
-block (gradient of keys and values), scores in registers, the bias looked up by position code. The CLS query is one
-row and stays in plain torch. The table's gradient is added up by atomics, so its last bits differ between runs.
+Patches: one program for each query block (forward, gradient of queries and table) or key block (gradient of keys and
+values), scores in registers, the bias looked up by position code. CLS, which sees all and is seen by all, has programs
+of its own, one a clip and head. Nothing is gathered, copied or materialised: the kernels read one tensor of queries,
+keys and values as their projection leaves it, and write one gradient of the same shape.
 
-Imported only where the backend is asked for, as it needs Triton, which torch brings along on GPU machines. No GPU has
-run it yet; the tests run the same kernels in Triton's interpreter.
+Many pairs share a row of the table, so its gradient is added up by atomics, in 64-bit fixed point: sums of integers do
+not depend on their order, and a run repeats to the last bit.
+
+Imported only where it is taken, as it needs Triton, which torch brings along on GPU machines. Elsewhere the tests run
+the same kernels in Triton's interpreter.
 """
 
 # Triton's language is Python to look at only: names are rebound to tensors, pointers are added to.
@@ -24,8 +28,10 @@ from model.sparsity import EdgeLayout
 
 # Tiles of tl.dot are powers of two and no smaller.
 _LEAST_TILE = 16
-# Dense attention is cut into blocks of this size.
+# Dense attention is cut into blocks of this size; CLS goes over the tokens in pieces of it.
 _DENSE_BLOCK = 64
+# Bits of the fixed point's largest sum: one of 64 is the sign, one is spare.
+_SUM_BITS = 62
 
 
 def attend_by_triton(
@@ -34,37 +40,37 @@ def attend_by_triton(
     bias_table: Float[Tensor, "R A"],
     layout: EdgeLayout | None,
     key_mask: Bool[Tensor, "B N"] | None,
+    with_cls_weights: bool,
 ) -> tuple[Float[Tensor, "B N A E"], Float[Tensor, "B A n"]]:
-    """Mixed values, and the CLS query's weights on the patches (no gradient). Arguments as `sparse_attention`."""
-    q, k, v = qkv_BN3AE.unbind(2)
+    """Mixed values, and the CLS query's weights on the patches (no gradient; empty unless asked for). Arguments as
+    `sparse_attention`.
+    """
     if layout is None:
-        num_patches = q.shape[1] - 1
-        everything = torch.arange(-(-num_patches // _DENSE_BLOCK), device=q.device)
+        num_patches = qkv_BN3AE.shape[1] - 1
+        everything = torch.arange(-(-num_patches // _DENSE_BLOCK), device=qkv_BN3AE.device)
         layout = EdgeLayout(everything.expand(len(everything), -1), _DENSE_BLOCK, num_patches)
-    patches, _ = patch_attention(
-        q, k, v, bias_table, codes, layout.key_blocks_SK, layout.block_size, key_mask
+    out, _, cls_weights = triton_attention(
+        qkv_BN3AE, bias_table, codes, layout.key_blocks_SK, layout.block_size, key_mask, with_cls_weights
     )
-    scores_BAN = torch.einsum("bae,bnae->ban", q[:, 0], k).float() * q.shape[-1] ** -0.5
-    to_patches = bias_table[-3, :, None].float().expand(-1, q.shape[1] - 1)
-    scores_BAN = scores_BAN + torch.cat([bias_table[-1, :, None].float(), to_patches], dim=1)
-    if key_mask is not None:
-        scores_BAN = scores_BAN.masked_fill(~key_mask[:, None], float("-inf"))
-    weights_BAN = scores_BAN.softmax(dim=-1)
-    cls = torch.einsum("ban,bnae->bae", weights_BAN.to(v.dtype), v)
-    return torch.cat([cls[:, None], patches], dim=1), weights_BAN.detach()[:, :, 1:]
+    return out, cls_weights
 
 
 @triton.jit
-def _rows_of(base, patches, columns, valid, stride_token, WIDTH: tl.constexpr):
-    """Rows of patches from a tensor whose token 0 is CLS, zero where not valid: (tile, E)."""
-    at = base + (1 + patches)[:, None] * stride_token + columns[None, :]
+def _rows(base, tokens, columns, valid, stride, WIDTH: tl.constexpr):
+    """Rows of a token tensor, zero where not valid: (tile, E)."""
+    at = base + tokens[:, None] * stride + columns[None, :]
     return tl.load(at, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _seen_keys(mask, patches, valid, HAS_MASK: tl.constexpr):
+def _row(base, columns, WIDTH: tl.constexpr):
+    return tl.load(base + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _seen_keys(mask, tokens, valid, HAS_MASK: tl.constexpr):
     if HAS_MASK:
-        valid = valid & (tl.load(mask + 1 + patches, mask=valid, other=0) != 0)
+        valid = valid & (tl.load(mask + tokens, mask=valid, other=0) != 0)
     return valid
 
 
@@ -78,38 +84,54 @@ def _scores_of(q, k, code_q, code_k, seen, table, centre, scale, PRECISION: tl.c
 
 
 @triton.jit
+def _scores_of_cls(q_cls, k, tokens, seen, table, num_rows, scale):
+    """Scores of the CLS query on a piece of tokens, CLS first, -inf where not seen."""
+    scores = tl.sum(k.to(tl.float32) * q_cls[None, :], axis=1) * scale
+    scores += tl.load(table + tl.where(tokens == 0, num_rows - 1, num_rows - 3))
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _add_fixed(sums, rows, values, resolution, mask):
+    """Adds to sums kept in whole multiples of `resolution`."""
+    tl.atomic_add(sums + rows, (values / resolution).to(tl.int64), mask=mask, sem="relaxed")
+
+
+@triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, table_ptr, codes_ptr, blocks_ptr, mask_ptr, out_ptr, lse_ptr,
-    stride_clip, stride_token, stride_head, codes_stride, num_patches, num_heads, num_rows, num_slots, scale,
+    qkv_ptr, table_ptr, codes_ptr, blocks_ptr, mask_ptr, out_ptr, lse_ptr,
+    stride_clip, stride_token, stride_part, stride_head, codes_stride,
+    num_patches, num_heads, num_rows, num_slots, scale,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, clip, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    block, head = tl.program_id(0), tl.program_id(1) % num_heads
+    # 64 bits: a large batch holds more than 2^31 values.
+    clip = (tl.program_id(1) // num_heads).to(tl.int64)
     place, columns = tl.arange(0, TILE), tl.arange(0, WIDTH_TILE)
-    start = clip * stride_clip + head * stride_head
+    q_base = qkv_ptr + clip * stride_clip + head * stride_head
+    k_base, v_base = q_base + stride_part, q_base + 2 * stride_part
     table, codes = table_ptr + head * num_rows, codes_ptr + clip * codes_stride
     mask = mask_ptr + clip * (num_patches + 1)
     centre = (num_rows - 4) // 2
 
     queries = block * SIZE + place
     valid_q = (place < SIZE) & (queries < num_patches)
-    q = _rows_of(q_ptr + start, queries, columns, valid_q, stride_token, WIDTH)
+    q = _rows(q_base, 1 + queries, columns, valid_q, stride_token, WIDTH)
     code_q = tl.load(codes + queries, mask=valid_q, other=0)
 
     # CLS, the key that every query sees, opens the running softmax.
-    k_cls = tl.load(k_ptr + start + columns, mask=columns < WIDTH, other=0.0)
-    v_cls = tl.load(v_ptr + start + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    top = tl.sum(q.to(tl.float32) * k_cls.to(tl.float32)[None, :], axis=1) * scale
+    top = tl.sum(q.to(tl.float32) * _row(k_base, columns, WIDTH)[None, :], axis=1) * scale
     top += tl.load(table + num_rows - 2)
     total = tl.full((TILE,), 1.0, tl.float32)
-    mixed = tl.zeros((TILE, WIDTH_TILE), tl.float32) + v_cls[None, :]
+    mixed = tl.zeros((TILE, WIDTH_TILE), tl.float32) + _row(v_base, columns, WIDTH)[None, :]
     for slot in range(num_slots):
-        key_block = tl.load(blocks_ptr + block * num_slots + slot)
+        key_block = tl.load(blocks_ptr + block * num_slots + slot).to(tl.int32)
         if key_block >= 0:
             keys = key_block * SIZE + place
-            valid_k = _seen_keys(mask, keys, (place < SIZE) & (keys < num_patches), HAS_MASK)
-            k = _rows_of(k_ptr + start, keys, columns, valid_k, stride_token, WIDTH)
-            v = _rows_of(v_ptr + start, keys, columns, valid_k, stride_token, WIDTH)
+            valid_k = _seen_keys(mask, 1 + keys, (place < SIZE) & (keys < num_patches), HAS_MASK)
+            k = _rows(k_base, 1 + keys, columns, valid_k, stride_token, WIDTH)
+            v = _rows(v_base, 1 + keys, columns, valid_k, stride_token, WIDTH)
             code_k = tl.load(codes + keys, mask=valid_k, other=0)
             seen = valid_q[:, None] & valid_k[None, :]
             scores, _ = _scores_of(q, k, code_q, code_k, seen, table, centre, scale, PRECISION)
@@ -119,99 +141,166 @@ def _forward(
             total = total * shrink + tl.sum(weights, axis=1)
             mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             top = new_top
-    out = out_ptr + ((clip * num_patches + queries[:, None]) * num_heads + head) * WIDTH + columns[None, :]
+    out = out_ptr + clip * (num_patches + 1) * num_heads * WIDTH + head * WIDTH
+    at = out + (1 + queries)[:, None] * (num_heads * WIDTH) + columns[None, :]
     mixed = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out, mixed, mask=valid_q[:, None] & (columns < WIDTH)[None, :])
-    tl.store(lse_ptr + tl.program_id(1) * num_patches + queries, top + tl.log(total), mask=valid_q)
+    tl.store(at, mixed, mask=valid_q[:, None] & (columns < WIDTH)[None, :])
+    lse = lse_ptr + (clip * num_heads + head) * (num_patches + 1)
+    tl.store(lse + 1 + queries, top + tl.log(total), mask=valid_q)
+
+
+@triton.jit
+def _forward_cls(
+    qkv_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr, weights_ptr,
+    stride_clip, stride_token, stride_part, stride_head, num_patches, num_heads, num_rows, scale,
+    PIECE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, WITH_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    head, clip = tl.program_id(0) % num_heads, (tl.program_id(0) // num_heads).to(tl.int64)
+    place, columns, one = tl.arange(0, PIECE), tl.arange(0, WIDTH_TILE), tl.arange(0, 1)
+    q_base = qkv_ptr + clip * stride_clip + head * stride_head
+    k_base, v_base = q_base + stride_part, q_base + 2 * stride_part
+    table, mask = table_ptr + head * num_rows, mask_ptr + clip * (num_patches + 1)
+    q_cls = _row(q_base, columns, WIDTH)
+
+    top = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    mixed = tl.zeros((WIDTH_TILE,), tl.float32)
+    for start in range(0, num_patches + 1, PIECE):
+        tokens = start + place
+        seen = _seen_keys(mask, tokens, tokens <= num_patches, HAS_MASK)
+        k = _rows(k_base, tokens, columns, seen, stride_token, WIDTH)
+        v = _rows(v_base, tokens, columns, seen, stride_token, WIDTH).to(tl.float32)
+        scores = _scores_of_cls(q_cls, k, tokens, seen, table, num_rows, scale)
+        new_top = tl.maximum(top, tl.max(scores, axis=0))
+        weights = tl.exp(scores - new_top)
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weights, axis=0)
+        mixed = mixed * shrink + tl.sum(weights[:, None] * v, axis=0)
+        top = new_top
+    lse = top + tl.log(total)
+    out = out_ptr + clip * (num_patches + 1) * num_heads * WIDTH + head * WIDTH
+    tl.store(out + columns, (mixed / total).to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
+    tl.store(lse_ptr + (clip * num_heads + head) * (num_patches + 1) + one, lse)
+    if WITH_WEIGHTS:
+        weights_base = weights_ptr + (clip * num_heads + head) * num_patches
+        for start in range(0, num_patches + 1, PIECE):
+            tokens = start + place
+            inside = tokens <= num_patches
+            seen = _seen_keys(mask, tokens, inside, HAS_MASK)
+            k = _rows(k_base, tokens, columns, seen, stride_token, WIDTH)
+            scores = _scores_of_cls(q_cls, k, tokens, seen, table, num_rows, scale)
+            tl.store(weights_base + tokens - 1, tl.exp(scores - lse), mask=inside & (tokens > 0))
 
 
 @triton.jit
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, table_ptr, codes_ptr, blocks_ptr, mask_ptr, grad_ptr, lse_ptr, delta_ptr,
-    grad_q_ptr, grad_table_ptr, cls_weight_ptr, cls_grad_ptr,
-    stride_clip, stride_token, stride_head, codes_stride, num_patches, num_heads, num_rows, num_slots, scale,
+    qkv_ptr, table_ptr, codes_ptr, blocks_ptr, mask_ptr, grad_ptr, out_ptr, lse_ptr,
+    grad_qkv_ptr, sums_ptr, resolution_ptr, delta_ptr, cls_weight_ptr, cls_grad_ptr,
+    stride_clip, stride_token, stride_part, stride_head, codes_stride,
+    num_patches, num_heads, num_rows, num_slots, scale,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and table, and of the CLS key's scores, from which its own follow."""
-    block, clip, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    """Gradients of the patch queries and the table; what the other two kernels need of each query: gradient times
+    output (delta), and weight and gradient of its score on the CLS key.
+    """
+    block, head = tl.program_id(0), tl.program_id(1) % num_heads
+    clip = (tl.program_id(1) // num_heads).to(tl.int64)
     place, columns = tl.arange(0, TILE), tl.arange(0, WIDTH_TILE)
-    start = clip * stride_clip + head * stride_head
+    q_base = qkv_ptr + clip * stride_clip + head * stride_head
+    k_base, v_base = q_base + stride_part, q_base + 2 * stride_part
     table, codes = table_ptr + head * num_rows, codes_ptr + clip * codes_stride
-    grad_table = grad_table_ptr + head * num_rows
+    sums, resolution = sums_ptr + head * num_rows, tl.load(resolution_ptr)
     mask = mask_ptr + clip * (num_patches + 1)
     centre = (num_rows - 4) // 2
 
     queries = block * SIZE + place
     valid_q = (place < SIZE) & (queries < num_patches)
-    q = _rows_of(q_ptr + start, queries, columns, valid_q, stride_token, WIDTH)
+    q = _rows(q_base, 1 + queries, columns, valid_q, stride_token, WIDTH)
     code_q = tl.load(codes + queries, mask=valid_q, other=0)
-    row = tl.program_id(1) * num_patches + queries
-    lse = tl.load(lse_ptr + row, mask=valid_q, other=0.0)
-    delta = tl.load(delta_ptr + row, mask=valid_q, other=0.0)
-    inside = valid_q[:, None] & (columns < WIDTH)[None, :]
-    dense = ((clip * num_patches + queries[:, None]) * num_heads + head) * WIDTH + columns[None, :]
-    grad = tl.load(grad_ptr + dense, mask=inside, other=0.0)
+    token_row = (clip * num_heads + head) * (num_patches + 1) + 1 + queries
+    lse = tl.load(lse_ptr + token_row, mask=valid_q, other=0.0)
+    mixed_base = clip * (num_patches + 1) * num_heads * WIDTH + head * WIDTH
+    grad = _rows(grad_ptr + mixed_base, 1 + queries, columns, valid_q, num_heads * WIDTH, WIDTH)
+    out = _rows(out_ptr + mixed_base, 1 + queries, columns, valid_q, num_heads * WIDTH, WIDTH)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+    tl.store(delta_ptr + token_row, delta, mask=valid_q)
 
-    k_cls = tl.load(k_ptr + start + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    v_cls = tl.load(v_ptr + start + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    k_cls, v_cls = _row(k_base, columns, WIDTH), _row(v_base, columns, WIDTH)
     score = tl.sum(q.to(tl.float32) * k_cls[None, :], axis=1) * scale + tl.load(table + num_rows - 2)
-    weight = tl.exp(score - lse)
-    cls_grad = weight * (tl.sum(grad.to(tl.float32) * v_cls[None, :], axis=1) - delta)
-    tl.store(cls_weight_ptr + row, weight, mask=valid_q)
-    tl.store(cls_grad_ptr + row, cls_grad, mask=valid_q)
+    cls_weight = tl.where(valid_q, tl.exp(score - lse), 0.0)
+    cls_grad = cls_weight * (tl.sum(grad.to(tl.float32) * v_cls[None, :], axis=1) - delta)
+    tl.store(cls_weight_ptr + token_row, cls_weight, mask=valid_q)
+    tl.store(cls_grad_ptr + token_row, cls_grad, mask=valid_q)
     grad_q = cls_grad[:, None] * k_cls[None, :]
     for slot in range(num_slots):
-        key_block = tl.load(blocks_ptr + block * num_slots + slot)
+        key_block = tl.load(blocks_ptr + block * num_slots + slot).to(tl.int32)
         if key_block >= 0:
             keys = key_block * SIZE + place
-            valid_k = _seen_keys(mask, keys, (place < SIZE) & (keys < num_patches), HAS_MASK)
-            k = _rows_of(k_ptr + start, keys, columns, valid_k, stride_token, WIDTH)
-            v = _rows_of(v_ptr + start, keys, columns, valid_k, stride_token, WIDTH)
+            valid_k = _seen_keys(mask, 1 + keys, (place < SIZE) & (keys < num_patches), HAS_MASK)
+            k = _rows(k_base, 1 + keys, columns, valid_k, stride_token, WIDTH)
+            v = _rows(v_base, 1 + keys, columns, valid_k, stride_token, WIDTH)
             code_k = tl.load(codes + keys, mask=valid_k, other=0)
             seen = valid_q[:, None] & valid_k[None, :]
             scores, rows = _scores_of(q, k, code_q, code_k, seen, table, centre, scale, PRECISION)
             grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             grad_scores = tl.exp(scores - lse[:, None]) * (grad_weights - delta[:, None])
             grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
-            tl.atomic_add(grad_table + rows, grad_scores, mask=seen)
-    tl.store(grad_q_ptr + dense, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=inside)
+            _add_fixed(sums, rows, grad_scores, resolution, seen)
+    grad_base = grad_qkv_ptr + clip * (num_patches + 1) * 3 * num_heads * WIDTH + head * WIDTH
+    at = grad_base + (1 + queries)[:, None] * (3 * num_heads * WIDTH) + columns[None, :]
+    grad_q = (grad_q * scale).to(grad_qkv_ptr.dtype.element_ty)
+    tl.store(at, grad_q, mask=valid_q[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, table_ptr, codes_ptr, first_ptr, users_ptr, mask_ptr, grad_ptr, lse_ptr, delta_ptr,
-    grad_k_ptr, grad_v_ptr,
-    stride_clip, stride_token, stride_head, codes_stride, num_patches, num_heads, num_rows, scale,
+    qkv_ptr, table_ptr, codes_ptr, first_ptr, users_ptr, mask_ptr, grad_ptr, out_ptr, lse_ptr, delta_ptr,
+    grad_qkv_ptr,
+    stride_clip, stride_token, stride_part, stride_head, codes_stride,
+    num_patches, num_heads, num_rows, scale,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a key block's keys and values, over the query blocks that list it: no atomics."""
-    block, clip, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    """Gradients of a block's keys and values, over CLS and the query blocks that list it: no atomics."""
+    block, head = tl.program_id(0), tl.program_id(1) % num_heads
+    clip = (tl.program_id(1) // num_heads).to(tl.int64)
     place, columns = tl.arange(0, TILE), tl.arange(0, WIDTH_TILE)
-    start = clip * stride_clip + head * stride_head
+    q_base = qkv_ptr + clip * stride_clip + head * stride_head
+    k_base, v_base = q_base + stride_part, q_base + 2 * stride_part
     table, codes = table_ptr + head * num_rows, codes_ptr + clip * codes_stride
     mask = mask_ptr + clip * (num_patches + 1)
+    lse_base = lse_ptr + (clip * num_heads + head) * (num_patches + 1)
+    delta_base = delta_ptr + (clip * num_heads + head) * (num_patches + 1)
+    mixed_base = clip * (num_patches + 1) * num_heads * WIDTH + head * WIDTH
     centre = (num_rows - 4) // 2
 
     keys = block * SIZE + place
     stored = (place < SIZE) & (keys < num_patches)
-    valid_k = _seen_keys(mask, keys, stored, HAS_MASK)
-    k = _rows_of(k_ptr + start, keys, columns, valid_k, stride_token, WIDTH)
-    v = _rows_of(v_ptr + start, keys, columns, valid_k, stride_token, WIDTH)
+    valid_k = _seen_keys(mask, 1 + keys, stored, HAS_MASK)
+    k = _rows(k_base, 1 + keys, columns, valid_k, stride_token, WIDTH)
+    v = _rows(v_base, 1 + keys, columns, valid_k, stride_token, WIDTH)
     code_k = tl.load(codes + keys, mask=valid_k, other=0)
-    grad_k = tl.zeros((TILE, WIDTH_TILE), tl.float32)
-    grad_v = tl.zeros((TILE, WIDTH_TILE), tl.float32)
+
+    q_cls = _row(q_base, columns, WIDTH)
+    grad_cls, out_cls = (
+        _row(grad_ptr + mixed_base, columns, WIDTH),
+        _row(out_ptr + mixed_base, columns, WIDTH),
+    )
+    scores_cls = _scores_of_cls(q_cls, k, 1 + keys, valid_k, table, num_rows, scale)
+    weights_cls = tl.exp(scores_cls - tl.load(lse_base))
+    grads_cls = tl.sum(v.to(tl.float32) * grad_cls[None, :], axis=1) - tl.sum(grad_cls * out_cls)
+    grad_k = (weights_cls * grads_cls)[:, None] * q_cls[None, :]
+    grad_v = weights_cls[:, None] * grad_cls[None, :]
     for place_in_list in range(tl.load(first_ptr + block), tl.load(first_ptr + block + 1)):
-        queries = tl.load(users_ptr + place_in_list) * SIZE + place
+        queries = tl.load(users_ptr + place_in_list).to(tl.int32) * SIZE + place
         valid_q = (place < SIZE) & (queries < num_patches)
-        q = _rows_of(q_ptr + start, queries, columns, valid_q, stride_token, WIDTH)
+        q = _rows(q_base, 1 + queries, columns, valid_q, stride_token, WIDTH)
         code_q = tl.load(codes + queries, mask=valid_q, other=0)
-        row = tl.program_id(1) * num_patches + queries
-        lse = tl.load(lse_ptr + row, mask=valid_q, other=0.0)
-        delta = tl.load(delta_ptr + row, mask=valid_q, other=0.0)
-        dense = ((clip * num_patches + queries[:, None]) * num_heads + head) * WIDTH + columns[None, :]
-        grad = tl.load(grad_ptr + dense, mask=valid_q[:, None] & (columns < WIDTH)[None, :], other=0.0)
+        lse = tl.load(lse_base + 1 + queries, mask=valid_q, other=0.0)
+        delta = tl.load(delta_base + 1 + queries, mask=valid_q, other=0.0)
+        grad = _rows(grad_ptr + mixed_base, 1 + queries, columns, valid_q, num_heads * WIDTH, WIDTH)
         seen = valid_q[:, None] & valid_k[None, :]
         scores, _ = _scores_of(q, k, code_q, code_k, seen, table, centre, scale, PRECISION)
         weights = tl.exp(scores - lse[:, None])
@@ -219,103 +308,183 @@ def _backward_keys(
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None])
         grad_k += tl.dot(tl.trans(grad_scores).to(q.dtype), q, input_precision=PRECISION)
-    dense = ((clip * num_patches + keys[:, None]) * num_heads + head) * WIDTH + columns[None, :]
+    grad_base = grad_qkv_ptr + clip * (num_patches + 1) * 3 * num_heads * WIDTH + head * WIDTH
+    at = grad_base + (1 + keys)[:, None] * (3 * num_heads * WIDTH) + columns[None, :]
     inside = stored[:, None] & (columns < WIDTH)[None, :]
-    tl.store(grad_k_ptr + dense, (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_v_ptr + dense, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+    tl.store(at + num_heads * WIDTH, (grad_k * scale).to(grad_qkv_ptr.dtype.element_ty), mask=inside)
+    tl.store(at + 2 * num_heads * WIDTH, grad_v.to(grad_qkv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_cls(
+    qkv_ptr, table_ptr, mask_ptr, grad_ptr, out_ptr, lse_ptr, cls_weight_ptr, cls_grad_ptr,
+    grad_qkv_ptr, sums_ptr, resolution_ptr,
+    stride_clip, stride_token, stride_part, stride_head, num_patches, num_heads, num_rows, scale,
+    PIECE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of CLS as query and as key, and of the table's last three rows; after `_backward_queries`."""
+    head, clip = tl.program_id(0) % num_heads, (tl.program_id(0) // num_heads).to(tl.int64)
+    place, columns = tl.arange(0, PIECE), tl.arange(0, WIDTH_TILE)
+    q_base = qkv_ptr + clip * stride_clip + head * stride_head
+    k_base, v_base = q_base + stride_part, q_base + 2 * stride_part
+    table, mask = table_ptr + head * num_rows, mask_ptr + clip * (num_patches + 1)
+    mixed_base = clip * (num_patches + 1) * num_heads * WIDTH + head * WIDTH
+    token_base = (clip * num_heads + head) * (num_patches + 1)
+    q_cls, lse_cls = _row(q_base, columns, WIDTH), tl.load(lse_ptr + token_base)
+    grad_cls = _row(grad_ptr + mixed_base, columns, WIDTH)
+    delta_cls = tl.sum(grad_cls * _row(out_ptr + mixed_base, columns, WIDTH))
+
+    grad_q = tl.zeros((WIDTH_TILE,), tl.float32)
+    grad_k, grad_v = grad_q, grad_q
+    from_cls, to_cls = tl.zeros((PIECE,), tl.float32), tl.zeros((PIECE,), tl.float32)
+    for start in range(0, num_patches + 1, PIECE):
+        tokens = start + place
+        inside = tokens <= num_patches
+        seen = _seen_keys(mask, tokens, inside, HAS_MASK)
+        k = _rows(k_base, tokens, columns, seen, stride_token, WIDTH).to(tl.float32)
+        v = _rows(v_base, tokens, columns, seen, stride_token, WIDTH).to(tl.float32)
+        weights = tl.exp(_scores_of_cls(q_cls, k, tokens, seen, table, num_rows, scale) - lse_cls)
+        grads = weights * (tl.sum(v * grad_cls[None, :], axis=1) - delta_cls)
+        grad_q += tl.sum(grads[:, None] * k, axis=0)
+        from_cls += grads
+        # The other way round: every token as a query of the CLS key, CLS itself among them.
+        weights = tl.where(
+            tokens == 0,
+            weights,
+            tl.load(cls_weight_ptr + token_base + tokens, mask=inside & (tokens > 0), other=0.0),
+        )
+        grads = tl.where(
+            tokens == 0,
+            grads,
+            tl.load(cls_grad_ptr + token_base + tokens, mask=inside & (tokens > 0), other=0.0),
+        )
+        q = _rows(q_base, tokens, columns, inside, stride_token, WIDTH).to(tl.float32)
+        grad = _rows(grad_ptr + mixed_base, tokens, columns, inside, num_heads * WIDTH, WIDTH)
+        grad_k += tl.sum(grads[:, None] * q, axis=0)
+        grad_v += tl.sum(weights[:, None] * grad.to(tl.float32), axis=0)
+        to_cls += grads
+        if start == 0:
+            # CLS on itself has a row of its own.
+            own = tl.where(place == 0, grads, 0.0)
+            from_cls -= own
+            to_cls -= own
+            _add_fixed(
+                sums_ptr + head * num_rows, num_rows - 1 + place, grads, tl.load(resolution_ptr), place == 0
+            )
+    at = grad_qkv_ptr + clip * (num_patches + 1) * 3 * num_heads * WIDTH + head * WIDTH + columns
+    dtype = grad_qkv_ptr.dtype.element_ty
+    tl.store(at, (grad_q * scale).to(dtype), mask=columns < WIDTH)
+    tl.store(at + num_heads * WIDTH, (grad_k * scale).to(dtype), mask=columns < WIDTH)
+    tl.store(at + 2 * num_heads * WIDTH, grad_v.to(dtype), mask=columns < WIDTH)
+    sums, resolution = sums_ptr + head * num_rows, tl.load(resolution_ptr)
+    _add_fixed(sums, num_rows - 3 + 0 * place, from_cls, resolution, place >= 0)
+    _add_fixed(sums, num_rows - 2 + 0 * place, to_cls, resolution, place >= 0)
 
 
 class _Call:
-    """What the three kernels share of one call."""
+    """What the kernels share of one call."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor,
-        codes: Tensor,
-        size: int,
-        key_mask: Tensor | None,
-    ) -> None:
-        if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        self.q, self.k, self.v = q, k, v
-        self.num_clips, num_tokens, self.num_heads, self.width = q.shape
+    def __init__(self, qkv: Tensor, table: Tensor, codes: Tensor, size: int, key_mask: Tensor | None) -> None:
+        self.qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        self.num_clips, num_tokens, _, self.num_heads, width = qkv.shape
         self.num_patches, self.num_rows = num_tokens - 1, table.shape[0]
         self.table_AR = table.float().T.contiguous()
-        self.codes = codes.contiguous()
+        # Half the width of torch's indices: a third less time for a lookup.
+        self.codes = codes.to(torch.int32).contiguous()
         self.codes_stride = self.codes.stride(0) if codes.dim() == 2 else 0
         self.key_mask = key_mask.contiguous() if key_mask is not None else self.codes
-        self.grid = (-(-self.num_patches // size), self.num_clips * self.num_heads)
-        self.constants = {
+        self.scale = width**-0.5
+        self.block_grid = (-(-self.num_patches // size), self.num_clips * self.num_heads)
+        self.cls_grid = (self.num_clips * self.num_heads,)
+        shared = {
+            "WIDTH": width,
+            "WIDTH_TILE": max(_LEAST_TILE, triton.next_power_of_2(width)),
+            "HAS_MASK": key_mask is not None,
+        }
+        self.cls_constants = {**shared, "PIECE": _DENSE_BLOCK}
+        self.block_constants = {
+            **shared,
             "SIZE": size,
             "TILE": max(_LEAST_TILE, triton.next_power_of_2(size)),
-            "WIDTH": self.width,
-            "WIDTH_TILE": max(_LEAST_TILE, triton.next_power_of_2(self.width)),
-            "HAS_MASK": key_mask is not None,
             # TF32 would cost float32 its parity with the other backends.
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
         }
 
     @property
     def strides(self) -> tuple[int, int, int, int]:
-        return self.q.stride(0), self.q.stride(1), self.q.stride(2), self.codes_stride
+        return self.qkv.stride(0), self.qkv.stride(1), self.qkv.stride(2), self.qkv.stride(3)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         return self.num_patches, self.num_heads, self.num_rows
 
-    @property
-    def scale(self) -> float:
-        return self.width**-0.5
+    def resolution(self, grad: Tensor) -> Tensor:
+        """What one unit of the table's fixed point is worth, so that no sum can overflow.
+
+        A score's gradient is its weight, at most 1, times the difference of two means of gradient times values. A
+        query has at most one key at a given offset, so a row of the table gathers at most one pair for each query; the
+        CLS rows gather as many.
+        """
+        largest = torch.linalg.vector_norm(grad, torch.inf) * torch.linalg.vector_norm(
+            self.qkv[:, :, 2], torch.inf
+        )
+        bound = 2 * grad.shape[-1] * largest.double() * self.num_clips * (self.num_patches + 1)
+        return (bound * 2.0**-_SUM_BITS).clamp_min(torch.finfo(torch.float32).tiny).float()
 
 
-@torch.library.custom_op("svitt::patch_attention", mutates_args=())
-def patch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+@torch.library.custom_op("svitt::triton_attention", mutates_args=())
+def triton_attention(
+    qkv: Tensor,
     table: Tensor,
     codes: Tensor,
     key_blocks: Tensor,
     block_size: int,
     key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Mixed values of the patch queries (B, n, A, E), log of their softmax denominators (B, A, n)."""
-    call = _Call(q, k, v, table, codes, block_size, key_mask)
-    out = q.new_empty(call.num_clips, call.num_patches, call.num_heads, call.width)
-    lse = q.new_empty(call.num_clips, call.num_heads, call.num_patches, dtype=torch.float32)
+    with_cls_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixed values (B, N, A, E), log of their softmax denominators (B, A, N), CLS weights on patches (B, A, n)."""
+    call = _Call(qkv, table, codes, block_size, key_mask)
+    out = qkv.new_empty(call.num_clips, call.num_patches + 1, call.num_heads, qkv.shape[-1])
+    lse, cls_weights = _side_outputs(qkv, with_cls_weights)
     blocks = key_blocks.contiguous()
-    _forward[call.grid](
-        call.q, call.k, call.v, call.table_AR, call.codes, blocks, call.key_mask, out, lse,
-        *call.strides, *call.sizes, blocks.shape[1], call.scale, **call.constants,
+    _forward[call.block_grid](
+        call.qkv, call.table_AR, call.codes, blocks, call.key_mask, out, lse,
+        *call.strides, call.codes_stride, *call.sizes, blocks.shape[1], call.scale, **call.block_constants,
     )  # fmt: skip
-    return out, lse
+    _forward_cls[call.cls_grid](
+        call.qkv, call.table_AR, call.key_mask, out, lse, cls_weights,
+        *call.strides, *call.sizes, call.scale, WITH_WEIGHTS=with_cls_weights, **call.cls_constants,
+    )  # fmt: skip
+    return out, lse, cls_weights
 
 
-@patch_attention.register_fake
+def _side_outputs(qkv: Tensor, with_cls_weights: bool) -> tuple[Tensor, Tensor]:
+    clips, tokens, _, heads, _ = qkv.shape
+    num_weights = tokens - 1 if with_cls_weights else 0
+    return (
+        qkv.new_empty(clips, heads, tokens, dtype=torch.float32),
+        qkv.new_empty(clips, heads, num_weights, dtype=torch.float32),
+    )
+
+
+@triton_attention.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     table: Tensor,
     codes: Tensor,
     key_blocks: Tensor,
     block_size: int,
     key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    clips, tokens, heads, width = q.shape
-    lse = q.new_empty(clips, heads, tokens - 1, dtype=torch.float32)
-    return q.new_empty(clips, tokens - 1, heads, width), lse
+    with_cls_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    clips, tokens, _, heads, width = qkv.shape
+    return qkv.new_empty(clips, tokens, heads, width), *_side_outputs(qkv, with_cls_weights)
 
 
-@torch.library.custom_op("svitt::patch_attention_backward", mutates_args=())
-def patch_attention_backward(
+@torch.library.custom_op("svitt::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     table: Tensor,
     codes: Tensor,
     key_blocks: Tensor,
@@ -323,38 +492,37 @@ def patch_attention_backward(
     key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (B, N, A, E) and of the table (R, A)."""
-    call = _Call(q, k, v, table, codes, block_size, key_mask)
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries, keys and values (B, N, 3, A, E) and of the table (R, A)."""
+    call = _Call(qkv, table, codes, block_size, key_mask)
     grad, blocks = grad.contiguous(), key_blocks.contiguous()
-    delta = (grad.float() * out.float()).sum(dim=-1).transpose(1, 2).contiguous()
-    grad_q, grad_k, grad_v = (torch.empty_like(grad) for _ in range(3))
-    grad_table = torch.zeros_like(call.table_AR)
-    cls_weight, cls_grad = torch.empty_like(lse), torch.empty_like(lse)
-    tensors = (call.q, call.k, call.v, call.table_AR, call.codes)
-    _backward_queries[call.grid](
-        *tensors, blocks, call.key_mask, grad, lse, delta, grad_q, grad_table, cls_weight, cls_grad,
-        *call.strides, *call.sizes, blocks.shape[1], call.scale, **call.constants,
+    resolution = call.resolution(grad)
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    sums_AR = torch.zeros_like(call.table_AR, dtype=torch.int64)
+    delta, cls_weight, cls_grad = (torch.empty_like(lse) for _ in range(3))
+    _backward_queries[call.block_grid](
+        call.qkv, call.table_AR, call.codes, blocks, call.key_mask, grad, out, lse,
+        grad_qkv, sums_AR, resolution, delta, cls_weight, cls_grad,
+        *call.strides, call.codes_stride, *call.sizes, blocks.shape[1], call.scale, **call.block_constants,
+    )  # fmt: skip
+    _backward_cls[call.cls_grid](
+        call.qkv, call.table_AR, call.key_mask, grad, out, lse, cls_weight, cls_grad,
+        grad_qkv, sums_AR, resolution,
+        *call.strides, *call.sizes, call.scale, **call.cls_constants,
     )  # fmt: skip
     first, users = _users_of(blocks)
-    _backward_keys[call.grid](
-        *tensors, first, users, call.key_mask, grad, lse, delta, grad_k, grad_v,
-        *call.strides, *call.sizes, call.scale, **call.constants,
+    _backward_keys[call.block_grid](
+        call.qkv, call.table_AR, call.codes, first, users, call.key_mask, grad, out, lse, delta, grad_qkv,
+        *call.strides, call.codes_stride, *call.sizes, call.scale, **call.block_constants,
     )  # fmt: skip
-    grad_table[:, -2] = cls_grad.sum(dim=(0, 2))
-    q_cls = torch.zeros_like(grad_q[:, :1])  # the CLS query is not in here
-    k_cls = torch.einsum("ban,bnae->bae", cls_grad.to(q.dtype), q[:, 1:])[:, None] * call.scale
-    v_cls = torch.einsum("ban,bnae->bae", cls_weight.to(grad.dtype), grad)[:, None]
-    whole = [torch.cat(pair, dim=1) for pair in ((q_cls, grad_q), (k_cls, grad_k), (v_cls, grad_v))]
-    return whole[0], whole[1], whole[2], grad_table.T.contiguous().to(table.dtype)
+    grad_table = (sums_AR.double() * resolution).to(table.dtype).T.contiguous()
+    return grad_qkv, grad_table
 
 
-@patch_attention_backward.register_fake
+@triton_attention_backward.register_fake
 def _(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     table: Tensor,
     codes: Tensor,
     key_blocks: Tensor,
@@ -362,8 +530,8 @@ def _(
     key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), table.new_empty(table.shape)
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
 def _users_of(key_blocks_SK: Int[Tensor, "S K"]) -> tuple[Int[Tensor, " S+1"], Int[Tensor, " S*K"]]:
@@ -371,26 +539,25 @@ def _users_of(key_blocks_SK: Int[Tensor, "S K"]) -> tuple[Int[Tensor, " S+1"], I
     num_blocks, num_slots = key_blocks_SK.shape
     listed = key_blocks_SK.flatten()
     listed = torch.where(listed < 0, num_blocks, listed)  # unused places last
-    counts = torch.zeros(num_blocks + 1, dtype=torch.long, device=listed.device)
-    counts.scatter_add_(0, listed, torch.ones_like(listed))
-    first = torch.nn.functional.pad(counts[:num_blocks].cumsum(0), (1, 0))
-    return first, listed.argsort(stable=True) // num_slots
+    order = listed.sort(stable=True)
+    first = torch.searchsorted(order.values, torch.arange(num_blocks + 1, device=listed.device))
+    return first, order.indices // num_slots
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, table, codes, key_blocks, block_size, key_mask = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, table, codes, key_blocks, key_mask, out, lse)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    qkv, table, codes, key_blocks, block_size, key_mask, _ = inputs
+    out, lse, cls_weights = output
+    ctx.mark_non_differentiable(lse, cls_weights)
+    ctx.save_for_backward(qkv, table, codes, key_blocks, key_mask, out, lse)
     ctx.block_size = block_size
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, table, codes, key_blocks, key_mask, out, lse = ctx.saved_tensors
-    grads = patch_attention_backward(
-        grad_out, q, k, v, table, codes, key_blocks, ctx.block_size, key_mask, out, lse
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, table, codes, key_blocks, key_mask, out, lse = ctx.saved_tensors
+    grads = triton_attention_backward(
+        grad_out, qkv, table, codes, key_blocks, ctx.block_size, key_mask, out, lse
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
-patch_attention.register_autograd(_backward, setup_context=_setup_context)
+triton_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 OnHost = Callable[[], AbstractContextManager[object]]
 
 # Each returns its mixed values and what else its backward pass reads, so that nothing of it has to be run again.
-ATTENTION_OPS = ("svitt::block_attention", "svitt::patch_attention", "svitt::attention_in_blocks")
+ATTENTION_OPS = ("svitt::block_attention", "svitt::triton_attention", "svitt::attention_in_blocks")
 
 
 class LayerRunner:

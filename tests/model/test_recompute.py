@@ -45,9 +45,9 @@ def test_attention_runs_again_only_when_all_is_recomputed(
 
 def test_attention_by_triton_is_among_the_kept() -> None:
     pytest.importorskip("triton")
-    from model.attention_triton import patch_attention
+    from model.attention_triton import triton_attention
 
-    assert patch_attention._opoverload.name() in ATTENTION_OPS
+    assert triton_attention._opoverload.name() in ATTENTION_OPS
 
 
 @pytest.mark.parametrize("mode", ["none", "all"])
