@@ -92,9 +92,9 @@ def _scores_of_cls(q_cls, k, tokens, seen, table, num_rows, scale):
 
 
 @triton.jit
-def _add_fixed(sums, rows, values, resolution, mask):
-    """Adds to sums kept in whole multiples of `resolution`."""
-    tl.atomic_add(sums + rows, (values / resolution).to(tl.int64), mask=mask, sem="relaxed")
+def _add_fixed(sums, rows, values, per_unit, mask):
+    """Adds to sums kept in whole units, of which `per_unit` make 1."""
+    tl.atomic_add(sums + rows, (values * per_unit).to(tl.int64), mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _forward_cls(
 @triton.jit
 def _backward_queries(
     qkv_ptr, table_ptr, codes_ptr, blocks_ptr, mask_ptr, grad_ptr, out_ptr, lse_ptr,
-    grad_qkv_ptr, sums_ptr, resolution_ptr, delta_ptr, cls_weight_ptr, cls_grad_ptr,
+    grad_qkv_ptr, sums_ptr, unit_ptr, delta_ptr, cls_weight_ptr, cls_grad_ptr,
     stride_clip, stride_token, stride_part, stride_head, codes_stride,
     num_patches, num_heads, num_rows, num_slots, scale,
     SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr,
@@ -211,7 +211,7 @@ def _backward_queries(
     q_base = qkv_ptr + clip * stride_clip + head * stride_head
     k_base, v_base = q_base + stride_part, q_base + 2 * stride_part
     table, codes = table_ptr + head * num_rows, codes_ptr + clip * codes_stride
-    sums, resolution = sums_ptr + head * num_rows, tl.load(resolution_ptr)
+    sums, per_unit = sums_ptr + head * num_rows, 1 / tl.load(unit_ptr)
     mask = mask_ptr + clip * (num_patches + 1)
     centre = (num_rows - 4) // 2
 
@@ -247,7 +247,7 @@ def _backward_queries(
             grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             grad_scores = tl.exp(scores - lse[:, None]) * (grad_weights - delta[:, None])
             grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
-            _add_fixed(sums, rows, grad_scores, resolution, seen)
+            _add_fixed(sums, rows, grad_scores, per_unit, seen)
     grad_base = grad_qkv_ptr + clip * (num_patches + 1) * 3 * num_heads * WIDTH + head * WIDTH
     at = grad_base + (1 + queries)[:, None] * (3 * num_heads * WIDTH) + columns[None, :]
     grad_q = (grad_q * scale).to(grad_qkv_ptr.dtype.element_ty)
@@ -318,7 +318,7 @@ def _backward_keys(
 @triton.jit
 def _backward_cls(
     qkv_ptr, table_ptr, mask_ptr, grad_ptr, out_ptr, lse_ptr, cls_weight_ptr, cls_grad_ptr,
-    grad_qkv_ptr, sums_ptr, resolution_ptr,
+    grad_qkv_ptr, sums_ptr, unit_ptr,
     stride_clip, stride_token, stride_part, stride_head, num_patches, num_heads, num_rows, scale,
     PIECE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_TILE: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
@@ -330,6 +330,7 @@ def _backward_cls(
     table, mask = table_ptr + head * num_rows, mask_ptr + clip * (num_patches + 1)
     mixed_base = clip * (num_patches + 1) * num_heads * WIDTH + head * WIDTH
     token_base = (clip * num_heads + head) * (num_patches + 1)
+    sums, per_unit = sums_ptr + head * num_rows, 1 / tl.load(unit_ptr)
     q_cls, lse_cls = _row(q_base, columns, WIDTH), tl.load(lse_ptr + token_base)
     grad_cls = _row(grad_ptr + mixed_base, columns, WIDTH)
     delta_cls = tl.sum(grad_cls * _row(out_ptr + mixed_base, columns, WIDTH))
@@ -368,17 +369,14 @@ def _backward_cls(
             own = tl.where(place == 0, grads, 0.0)
             from_cls -= own
             to_cls -= own
-            _add_fixed(
-                sums_ptr + head * num_rows, num_rows - 1 + place, grads, tl.load(resolution_ptr), place == 0
-            )
+            _add_fixed(sums, num_rows - 1 + place, grads, per_unit, place == 0)
     at = grad_qkv_ptr + clip * (num_patches + 1) * 3 * num_heads * WIDTH + head * WIDTH + columns
     dtype = grad_qkv_ptr.dtype.element_ty
     tl.store(at, (grad_q * scale).to(dtype), mask=columns < WIDTH)
     tl.store(at + num_heads * WIDTH, (grad_k * scale).to(dtype), mask=columns < WIDTH)
     tl.store(at + 2 * num_heads * WIDTH, grad_v.to(dtype), mask=columns < WIDTH)
-    sums, resolution = sums_ptr + head * num_rows, tl.load(resolution_ptr)
-    _add_fixed(sums, num_rows - 3 + 0 * place, from_cls, resolution, place >= 0)
-    _add_fixed(sums, num_rows - 2 + 0 * place, to_cls, resolution, place >= 0)
+    _add_fixed(sums, num_rows - 3 + 0 * place, from_cls, per_unit, place >= 0)
+    _add_fixed(sums, num_rows - 2 + 0 * place, to_cls, per_unit, place >= 0)
 
 
 class _Call:
@@ -418,7 +416,7 @@ class _Call:
     def sizes(self) -> tuple[int, int, int]:
         return self.num_patches, self.num_heads, self.num_rows
 
-    def resolution(self, grad: Tensor) -> Tensor:
+    def unit(self, grad: Tensor) -> Tensor:
         """What one unit of the table's fixed point is worth, so that no sum can overflow.
 
         A score's gradient is its weight, at most 1, times the difference of two means of gradient times values. A
@@ -496,18 +494,18 @@ def triton_attention_backward(
     """Gradients of queries, keys and values (B, N, 3, A, E) and of the table (R, A)."""
     call = _Call(qkv, table, codes, block_size, key_mask)
     grad, blocks = grad.contiguous(), key_blocks.contiguous()
-    resolution = call.resolution(grad)
+    unit = call.unit(grad)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     sums_AR = torch.zeros_like(call.table_AR, dtype=torch.int64)
     delta, cls_weight, cls_grad = (torch.empty_like(lse) for _ in range(3))
     _backward_queries[call.block_grid](
         call.qkv, call.table_AR, call.codes, blocks, call.key_mask, grad, out, lse,
-        grad_qkv, sums_AR, resolution, delta, cls_weight, cls_grad,
+        grad_qkv, sums_AR, unit, delta, cls_weight, cls_grad,
         *call.strides, call.codes_stride, *call.sizes, blocks.shape[1], call.scale, **call.block_constants,
     )  # fmt: skip
     _backward_cls[call.cls_grid](
         call.qkv, call.table_AR, call.key_mask, grad, out, lse, cls_weight, cls_grad,
-        grad_qkv, sums_AR, resolution,
+        grad_qkv, sums_AR, unit,
         *call.strides, *call.sizes, call.scale, **call.cls_constants,
     )  # fmt: skip
     first, users = _users_of(blocks)
@@ -515,7 +513,7 @@ def triton_attention_backward(
         call.qkv, call.table_AR, call.codes, first, users, call.key_mask, grad, out, lse, delta, grad_qkv,
         *call.strides, call.codes_stride, *call.sizes, call.scale, **call.block_constants,
     )  # fmt: skip
-    grad_table = (sums_AR.double() * resolution).to(table.dtype).T.contiguous()
+    grad_table = (sums_AR.double() * unit).to(table.dtype).T.contiguous()
     return grad_qkv, grad_table
 
 
