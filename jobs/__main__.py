@@ -424,11 +424,17 @@ def _bench_model(
             help="Only cases with this in their title, such as 'layer fused'; may be repeated.",
         ),
     ] = (),
+    device: Annotated[
+        Literal["cpu", "cuda"], tyro.conf.arg(help="cpu in float32, cuda in bfloat16.")
+    ] = "cpu",
+    clips: Annotated[int, tyro.conf.arg(help="Clips of one step; a GPU wants some 32 to be busy.")] = 1,
 ) -> int:
     """Time and memory of attention and encoder, against torch's and Hugging Face's dense models."""
+    from jobs.bench_cases import Setup
     from jobs.bench_model import Plan, bench_model
 
-    plan = replace(Plan.quick() if quick else Plan(), only=only)
+    setup = Setup(device, "float32" if device == "cpu" else "bfloat16", clips)
+    plan = replace(Plan.quick() if quick else Plan(), only=only, setup=setup)
     if frames:
         plan = replace(plan, frames=frames, growth_frames=())
     num_threads = len(os.sched_getaffinity(0)) if threads is None else threads

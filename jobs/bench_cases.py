@@ -5,7 +5,7 @@ without bias (which makes it fast, but blind to position), and Hugging Face's BE
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,27 @@ from model.sparsity import EdgeLayout, draw_layouts
 from model.video_encoder import VideoEncoder
 
 Step = Callable[[], None]
+
+
+class Setup(NamedTuple):
+    """Where the cases run, in which type, and on how many clips at once."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    num_clips: int = 1
+
+    @property
+    def kernel(self) -> Backend:
+        """The attention of ours that this device takes."""
+        return "fused" if self.device == "cpu" else "triton"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+ON_CPU = Setup()
+
 
 # Sparsity settings (K_l = 1, blocks of 56): changes to the settings of ViT-B.
 SETTINGS: dict[str, dict[str, object]] = {
@@ -46,15 +67,19 @@ class Case(NamedTuple):
         return f"{self.level} {self.name}"
 
 
-def layer_cases(num_frames: int) -> list[Case]:
-    """Attention of one layer by every backend, sparse and dense, and torch's."""
-    names = ["fused (1,3,56)", "blocks (1,3,56)", "fused (1,5,56)", "fused dense", SDPA_BIAS, SDPA]
-    return [Case("layer", name, num_frames) for name in names]
+def layer_cases(num_frames: int, setup: Setup = ON_CPU) -> list[Case]:
+    """Attention of one layer, sparse and dense, and torch's. The plain form in blocks is for machines without a
+    compiler, not for a GPU.
+    """
+    names = [f"{setup.kernel} {edges}" for edges in ("(1,3,56)", "(1,5,56)", "dense")]
+    if setup.device == "cpu":
+        names.insert(1, "blocks (1,3,56)")
+    return [Case("layer", name, num_frames) for name in (*names, SDPA_BIAS, SDPA)]
 
 
 def encoder_cases(num_frames: int) -> list[Case]:
     """The whole encoder in every setting. Dense with the bias written out is left out from 16 frames on: 12 layers
-    would keep some 20 GiB.
+    would keep some 20 GiB for a clip in float32.
     """
     both = ("both (1,5,56) 0.7", "both (1,3,56) 0.7")
     names = [*SETTINGS, *(f"{setting} {end}" for setting in both for end in RECOMPUTE), SDPA, BEIT]
@@ -74,7 +99,7 @@ def video_config(name: str, num_frames: int) -> VideoConfig:
 
 
 def flops(case: Case) -> float:
-    """Floating point operations of a step that nothing avoidable is added to: no recomputation, no padding."""
+    """Floating point operations of a clip's step that nothing avoidable is added to: no recomputation, no padding."""
     if case.level == "encoder":
         if case.name == BEIT:
             return 6.0 * case.num_frames * video_config("dense", 1).macs()
@@ -88,20 +113,22 @@ def flops(case: Case) -> float:
     return 12.0 * (config.num_patches + 1) * keys * config.width
 
 
-def build(case: Case) -> Step:
-    """The step of a case: forward and backward pass of one clip, random weights and inputs, float32."""
+def build(case: Case, setup: Setup = ON_CPU) -> Step:
+    """The step of a case: forward and backward pass, random weights and inputs."""
     torch.manual_seed(0)
-    return _layer_step(case) if case.level == "layer" else _encoder_step(case)
+    return _layer_step(case, setup) if case.level == "layer" else _encoder_step(case, setup)
 
 
-def _layer_step(case: Case) -> Step:
+def _layer_step(case: Case, setup: Setup) -> Step:
     config = video_config("dense", case.num_frames)
-    codes = token_codes(case.num_frames, config.grid, config.grid)
+    codes = token_codes(case.num_frames, config.grid, config.grid).to(setup.device)
     head_width = config.width // config.num_heads
-    qkv = torch.randn(1, len(codes) + 1, 3, config.num_heads, head_width, requires_grad=True)
-    table = torch.zeros(config.table_rows, config.num_heads, requires_grad=True)
+    place = {"device": setup.device, "dtype": setup.torch_dtype}
+    shape = (setup.num_clips, len(codes) + 1)
+    qkv = torch.randn(*shape, 3, config.num_heads, head_width, requires_grad=True, **place)
+    table = torch.zeros(config.table_rows, config.num_heads, requires_grad=True, **place)
     attend = _layer_attention(case, codes)
-    grad = torch.randn(1, len(codes) + 1, config.num_heads, head_width)
+    grad = torch.randn(*shape, config.num_heads, head_width, **place)
 
     def step() -> None:
         attend(qkv, table).backward(grad)
@@ -115,26 +142,33 @@ def _layer_attention(case: Case, codes: Tensor) -> Callable[[Tensor, Tensor], Te
     if case.name in (SDPA_BIAS, SDPA):
         rows = _table_rows(codes, case) if case.name == SDPA_BIAS else None
         return lambda qkv, table: _sdpa(qkv, table, rows)
-    backend: Backend = "blocks" if case.name.startswith("blocks") else "fused"
+    backend, edges = cast(tuple[Backend, str], tuple(case.name.split()))
     layout: EdgeLayout | None = None
-    if not case.name.endswith("dense"):
-        edges = case.name.split()[-1]
+    if edges != "dense":
         layout = draw_layouts(video_config(f"both {edges} 0.7", case.num_frames), 0)[0]
+        assert layout is not None
+        layout = layout.to(codes.device)
     return lambda qkv, table: sparse_attention(qkv, codes, table, layout, backend=backend).values_BNAE
 
 
-def _encoder_step(case: Case) -> Step:
+def _encoder_step(case: Case, setup: Setup) -> Step:
+    place = {"device": setup.device, "dtype": setup.torch_dtype}
     if case.name == BEIT:
-        model = BeitModel(BeitConfig(use_relative_position_bias=True, use_mask_token=False)).train()
-        frames = torch.randn(case.num_frames, 3, 224, 224)
+        model = (
+            BeitModel(BeitConfig(use_relative_position_bias=True, use_mask_token=False)).to(**place).train()
+        )
+        frames = torch.randn(setup.num_clips * case.num_frames, 3, 224, 224, **place)
         return _step_of(model, lambda: model(frames).pooler_output)
     encoder = VideoEncoder(video_config(case.name, case.num_frames)).train()
     if case.name in (SDPA_BIAS, SDPA):
-        rows = _table_rows(encoder.codes, case) if case.name == SDPA_BIAS else None  # pyright: ignore[reportArgumentType]
+        codes = cast(Tensor, encoder.codes).to(setup.device)
+        rows = _table_rows(codes, case) if case.name == SDPA_BIAS else None
         for layer in encoder.layers:
             assert isinstance(layer, VideoBlock)
             layer.add_module("attention", _SdpaAttention(layer.attention, rows))
-    video = torch.randn(1, case.num_frames, 3, encoder.config.image_size, encoder.config.image_size)
+    encoder.to(**place)
+    side = encoder.config.image_size
+    video = torch.randn(setup.num_clips, case.num_frames, 3, side, side, **place)
     return _step_of(encoder, lambda: encoder(video, edge_seed=0).pooled_BD)
 
 

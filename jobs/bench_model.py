@@ -14,22 +14,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from infra.runtime import environment, provenance
-from jobs.bench_cases import SDPA, SDPA_BIAS, Case, encoder_cases, flops, layer_cases
+from jobs.bench_cases import ON_CPU, SDPA, SDPA_BIAS, Case, Setup, encoder_cases, flops, layer_cases
 from jobs.bench_record import BenchError, Spread, print_table, processor, require_writable
 from jobs.bench_worker import MEMORY_ENVIRONMENT, TIMING_ENVIRONMENT
 from jobs.progress import ProgressReport
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 _GROWTH_FRAMES = (4, 8, 16, 32)
-_GROWTH_CASES = (("layer", "fused (1,3,56)"), ("layer", "fused dense"), ("encoder", "both (1,3,56) 0.7"))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case measured. `peak_bytes` is what a step takes on top of weights, gradients and inputs."""
+    """One case measured. `peak_bytes` is what a step takes on top of weights, gradients and inputs; times, bytes and
+    `flops` are those of all its clips.
+    """
 
     level: str
     name: str
@@ -63,6 +65,7 @@ class Plan:
     encoder_samples: int = 3
     encoder_growth: bool = True
     only: tuple[str, ...] = ()
+    setup: Setup = ON_CPU
 
     def chosen(self, cases: Sequence[Case]) -> list[Case]:
         return [case for case in cases if not self.only or any(part in case.title for part in self.only)]
@@ -87,8 +90,7 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
             "provenance": provenance(),
             "processor": processor(),
             "num_threads": num_threads,
-            "dtype": "float32",
-            "num_clips": 1,
+            **plan.setup._asdict(),
             "matmul_flops_per_s": max(rates),
             "rows": [asdict(row) for row in rows],
             "growth": [asdict(fit) for fit in growth],
@@ -97,12 +99,12 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
 
     for num_frames in plan.frames:
         for cases, samples in (
-            (plan.chosen(layer_cases(num_frames)), plan.layer_samples),
+            (plan.chosen(layer_cases(num_frames, plan.setup)), plan.layer_samples),
             (plan.chosen(encoder_cases(num_frames)), plan.encoder_samples),
         ):
             if not cases:
                 continue
-            measured, rate = _measure(cases, samples, num_threads, report)
+            measured, rate = _measure(cases, samples, num_threads, plan.setup, report)
             rows += measured
             rates.append(rate)
             write_record()
@@ -111,7 +113,7 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
     growth += _growth(plan, rows, num_threads, report)
     write_record()
     for level in ("layer", "encoder"):
-        shown = table(level, [row for row in rows if row.level == level], max(rates))
+        shown = table(level, [row for row in rows if row.level == level], max(rates), plan.setup)
         print_table(report.console, shown)
     for fit in growth:
         report.say(
@@ -126,6 +128,10 @@ def _check(plan: Plan, num_threads: int, record_file: Path) -> None:
     """What would fail only after half an hour of measuring."""
     if num_threads < 1 or min(plan.frames, default=0) < 1:
         raise BenchError(f"threads is {num_threads} and frames are {plan.frames}; each has to be 1 or more")
+    if plan.setup.num_clips < 1:
+        raise BenchError(f"clips is {plan.setup.num_clips}; it has to be 1 or more")
+    if plan.setup.device != "cpu" and not torch.cuda.is_available():
+        raise BenchError(f"device is {plan.setup.device}, and torch finds no GPU here; leave --device out")
     require_writable(record_file)
 
 
@@ -137,18 +143,23 @@ def exponent(frames: Sequence[int], values: Sequence[float]) -> float:
     return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
-def table(level: str, rows: Sequence[Row], matmul_flops_per_s: float) -> Table:
-    """One level's rows: times, ratios to torch's attention of the same frames, memory, distance from the limit."""
+def table(level: str, rows: Sequence[Row], matmul_flops_per_s: float, setup: Setup = ON_CPU) -> Table:
+    """One level's rows: times, ratios to torch's attention of the same frames, memory, distance from the limit.
+
+    Times compared are those of the CPU, which others on the machine disturb less, or the wall's for a GPU.
+    """
     title = {"layer": "Attention of one layer (12 heads of 64)", "encoder": "Whole video encoder (ViT-B)"}[
         level
     ]
-    shown = Table(title=f"{title}, forward + backward, 1 clip, float32", title_justify="left")
+    clips = "1 clip" if setup.num_clips == 1 else f"{setup.num_clips} clips"
+    shown = Table(title=f"{title}, forward + backward, {clips}, {setup.dtype}", title_justify="left")
+    on_cpu = setup.device == "cpu"
     shown.add_column("T")
     shown.add_column("case")
     for name in (
         "wall s",
         "spread",
-        "CPU s",
+        "CPU s" if on_cpu else "clips/s",
         "x bias",
         "x no bias",
         "peak MiB",
@@ -166,8 +177,8 @@ def table(level: str, rows: Sequence[Row], matmul_flops_per_s: float) -> Table:
             row.name,
             f"{row.wall_s.median:.4g}",
             f"{row.wall_s.least:.3g}-{row.wall_s.most:.3g} (n {row.wall_s.n})",
-            f"{row.cpu_s.median:.4g}",
-            *(_ratio(row, peer, lambda r: r.cpu_s.median) for peer in peers),
+            f"{row.cpu_s.median if on_cpu else setup.num_clips / row.wall_s.median:.4g}",
+            *(_ratio(row, peer, lambda r: (r.cpu_s if on_cpu else r.wall_s).median) for peer in peers),
             f"{row.peak_bytes / 2**20:.1f}",
             *(_ratio(row, peer, lambda r: r.peak_bytes) for peer in peers),
             f"{row.wall_s.median / limit_s:.2f}",
@@ -180,15 +191,19 @@ def _ratio(row: Row, peer: Row | None, value: Callable[[Row], float]) -> str:
 
 
 def _measure(
-    cases: Sequence[Case], num_samples: int, num_threads: int, report: ProgressReport
+    cases: Sequence[Case], num_samples: int, num_threads: int, setup: Setup, report: ProgressReport
 ) -> tuple[list[Row], float]:
     report.say(f"measuring {cases[0].level}, {cases[0].num_frames} frames: {len(cases)} cases")
-    times = _ask("times", cases, num_samples, num_threads, TIMING_ENVIRONMENT)
+    times = _ask("times", cases, num_samples, num_threads, setup, TIMING_ENVIRONMENT)
     rows = []
-    for case, samples in zip(cases, times["samples"], strict=True):
-        peak = _ask("memory", [case], 1, num_threads, MEMORY_ENVIRONMENT)["peak_bytes"]
+    for number, (case, samples) in enumerate(zip(cases, times["samples"], strict=True)):
+        if setup.device == "cpu":
+            # A process of its own: high-water marks of resident memory belong to a process.
+            peak = _ask("memory", [case], 1, num_threads, setup, MEMORY_ENVIRONMENT)["peak_bytes"]
+        else:
+            peak = times["peak_bytes"][number]
         wall, cpu = (Spread.of(values) for values in zip(*samples, strict=True))
-        rows.append(Row(*_names(case), wall, cpu, peak, flops(case)))
+        rows.append(Row(*_names(case), wall, cpu, peak, flops(case) * setup.num_clips))
     return rows, times["matmul_flops_per_s"]
 
 
@@ -201,24 +216,41 @@ def _growth(plan: Plan, rows: Sequence[Row], num_threads: int, report: ProgressR
         return []
     known = {_names(Case(row.level, row.name, row.num_frames)): row for row in rows}
     fits = []
-    for level, name in _GROWTH_CASES:
+    kernel = plan.setup.kernel
+    cases = (("layer", f"{kernel} (1,3,56)"), ("layer", f"{kernel} dense"), ("encoder", "both (1,3,56) 0.7"))
+    for level, name in cases:
         if level == "encoder" and not plan.encoder_growth:
             continue
         points = []
         for num_frames in plan.growth_frames:
             case = Case(level, name, num_frames)
             samples = plan.layer_samples if level == "layer" else 1
-            points.append(known.get(_names(case)) or _measure([case], samples, num_threads, report)[0][0])
-        times, peaks = [row.cpu_s.median for row in points], [float(row.peak_bytes) for row in points]
+            points.append(
+                known.get(_names(case)) or _measure([case], samples, num_threads, plan.setup, report)[0][0]
+            )
+        on_cpu = plan.setup.device == "cpu"
+        times = [(row.cpu_s if on_cpu else row.wall_s).median for row in points]
+        peaks = [float(row.peak_bytes) for row in points]
         frames = plan.growth_frames
         fits.append(Growth(level, name, frames, exponent(frames, times), exponent(frames, peaks)))
     return fits
 
 
 def _ask(
-    measure: str, cases: Sequence[Case], num_samples: int, num_threads: int, changes: dict[str, str]
+    measure: str,
+    cases: Sequence[Case],
+    num_samples: int,
+    num_threads: int,
+    setup: Setup,
+    changes: dict[str, str],
 ) -> dict[str, Any]:
-    request = {"measure": measure, "cases": cases, "num_samples": num_samples, "num_threads": num_threads}
+    request = {
+        "measure": measure,
+        "cases": cases,
+        "num_samples": num_samples,
+        "num_threads": num_threads,
+        "setup": setup,
+    }
     with environment({**changes, "OMP_NUM_THREADS": str(num_threads)}):
         done = subprocess.run(
             [sys.executable, "-m", "jobs.bench_worker", json.dumps(request)],

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jobs.bench_cases import Case, build
+from jobs.bench_cases import ON_CPU, Case, Setup, Step, build
 
 # Timing wants freed memory kept, memory wants it handed back at once (glibc; others ignore it).
 TIMING_ENVIRONMENT = {
@@ -24,18 +24,26 @@ TIMING_ENVIRONMENT = {
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def measure_times(cases: list[Case], num_samples: int) -> dict[str, Any]:
-    """Wall and process CPU seconds of every case, taken in turn (A B C A B C) after one step each to warm up."""
-    steps = [build(case) for case in cases]
+def measure_times(cases: list[Case], num_samples: int, setup: Setup = ON_CPU) -> dict[str, Any]:
+    """Wall and process CPU seconds of every case, taken in turn (A B C A B C) after steps to warm up. On a GPU, whose
+    memory is counted by allocation, the peaks of all cases too.
+    """
+    steps = [build(case, setup) for case in cases]
     samples: list[list[tuple[float, float]]] = [[] for _ in cases]
-    for step in steps:
+    # On a GPU the first step compiles kernels and fills the allocator's cache, which the second finds.
+    for step in steps if setup.device == "cpu" else steps * 2:
         step()
     for _ in range(num_samples):
         for step, taken in zip(steps, samples, strict=True):
+            _finish(setup)
             wall, cpu = time.perf_counter(), time.process_time()
             step()
+            _finish(setup)
             taken.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {"samples": samples, "matmul_flops_per_s": _matmul_rate()}
+    answer: dict[str, Any] = {"samples": samples, "matmul_flops_per_s": _matmul_rate(setup)}
+    if setup.device != "cpu":
+        answer["peak_bytes"] = [_peak_on_gpu(step) for step in steps]
+    return answer
 
 
 def measure_memory(case: Case) -> dict[str, Any]:
@@ -50,16 +58,34 @@ def measure_memory(case: Case) -> dict[str, Any]:
     return {"peak_bytes": _status_bytes("VmHWM") - resting}
 
 
-def _matmul_rate() -> float:
+def _peak_on_gpu(step: Step) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    resting = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - resting
+
+
+def _finish(setup: Setup) -> None:
+    if setup.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _matmul_rate(setup: Setup) -> float:
     """Floating point operations a second of the largest product of a ViT-B layer at 8 frames, the best of 10."""
-    left, right = torch.randn(1569, 768), torch.randn(768, 3072)
-    best = min(_seconds(left, right) for _ in range(10))
-    return 2 * 1569 * 768 * 3072 / best
+    place = {"device": setup.device, "dtype": setup.torch_dtype}
+    num_tokens = setup.num_clips * 1569
+    left, right = torch.randn(num_tokens, 768, **place), torch.randn(768, 3072, **place)
+    best = min(_seconds(left, right, setup) for _ in range(10))
+    return 2 * num_tokens * 768 * 3072 / best
 
 
-def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+def _seconds(left: torch.Tensor, right: torch.Tensor, setup: Setup) -> float:
+    _finish(setup)
     start = time.perf_counter()
     torch.mm(left, right)
+    _finish(setup)
     return time.perf_counter() - start
 
 
@@ -75,8 +101,12 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     cases = [Case(*case) for case in request["cases"]]
     torch.set_num_threads(request["num_threads"])
-    times = request["measure"] == "times"
-    print(json.dumps(measure_times(cases, request["num_samples"]) if times else measure_memory(cases[0])))
+    setup = Setup(*request["setup"])
+    if request["measure"] == "times":
+        answer = measure_times(cases, request["num_samples"], setup)
+    else:
+        answer = measure_memory(cases[0])
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

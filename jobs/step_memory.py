@@ -4,6 +4,7 @@ Every tensor that an operation makes is booked while its storage lives. Not seen
 operation. What the engine holds comes from `infra.engine_memory`, since ZeRO cannot run without its ranks.
 """
 
+import importlib.util
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,10 +65,12 @@ def trace_step(
     on_gpu: bool = False,
 ) -> StepTrace:
     """Rehearses one rank's step of `num_clips` clips; no memory of that size is needed. `on_gpu`: the step is one of
-    a GPU, whose allocator rounds up and whose attention runs in blocks (or by kernels, which keep no more).
+    a GPU, whose allocator rounds up and whose attention runs by Triton's kernels. Where this machine has no Triton,
+    attention in blocks stands for them, which takes more.
     """
     if on_gpu and config.video.attention_backend in ("auto", "triton"):
-        config = config.replaced(video={"attention_backend": "blocks"})
+        backend = "triton" if importlib.util.find_spec("triton") else "blocks"
+        config = config.replaced(video={"attention_backend": backend})
     batch = rehearsal_batch(config, num_clips, micro_batch_size, text_length, num_tags)
     with pretended_ranks(world_size):
         with _Answer(False), torch.device("meta"):  # drawing weights asks whether any has to be drawn again

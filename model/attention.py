@@ -5,7 +5,7 @@ One function and its backends, which see the same keys, so that values and gradi
 * `reference`: all scores, mask, softmax, in this file; what the others are tested against;
 * `blocks`: the selected keys only, in plain torch, recomputed in the backward pass (`attention_blocks`);
 * `fused`: a compiled CPU kernel that also looks the bias up inside (`attention_fused`);
-* `triton`: the same on a GPU (`attention_triton`), until one has run it only where asked for.
+* `triton`: the same on a GPU (`attention_triton`).
 
 Position codes. The table row of a query at (t, h, w) and a key at (t', h', w') is
 ((t-t'+T-1)(2H-1) + (h-h'+H-1))(2W-1) + (w-w'+W-1), which is code(query) - code(key) + centre with
@@ -13,7 +13,9 @@ code(t, h, w) = (t(2H-1) + h)(2W-1) + w. So one number a token replaces an N x N
 The last three rows of the table are CLS to patch, patch to CLS, CLS to CLS.
 """
 
+import functools
 import importlib.util
+import logging
 import os
 from typing import Literal, NamedTuple
 
@@ -26,6 +28,8 @@ from model.attention_blocks import attend_in_blocks, hidden
 from model.attention_fused import FUSED_DTYPES, block_attention
 from model.kernel_build import FusedUnavailableError, unavailable_reason, warn_if_unavailable
 from model.sparsity import EdgeLayout
+
+_LOG = logging.getLogger(__name__)
 
 Backend = Literal["auto", "reference", "blocks", "fused", "triton"]
 
@@ -107,6 +111,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_scores: int, ba
     if backend == "auto":
         if fits and warn_if_unavailable():
             return "fused"
+        if device.type == "cuda" and dtype in TRITON_DTYPES and _has_triton():
+            return "triton"
         return "reference" if num_scores <= _FEW_SCORES else "blocks"
     if backend == "fused" and not fits:
         raise ValueError(
@@ -125,11 +131,23 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_scores: int, ba
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@functools.cache
+def _has_triton() -> bool:
+    has_it = importlib.util.find_spec("triton") is not None
+    if not has_it:
+        _LOG.warning(
+            "no package triton here: attention on the GPU runs in plain torch, many times slower; torch's builds for "
+            "GPUs bring it along, so install torch again"
+        )
+    return has_it
+
+
 def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("attention_backend triton needs the package triton; set attention_backend: auto")
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if (device.type != "cuda" and not is_interpreted) or dtype not in TRITON_DTYPES:
+    # Tensors without data need no GPU: a plan for one is made anywhere.
+    runs = device.type in ("cuda", "meta") or os.environ.get("TRITON_INTERPRET") == "1"
+    if not runs or dtype not in TRITON_DTYPES:
         raise ValueError(
             f"attention_backend triton takes float32, float16 or bfloat16 on a GPU, got {dtype} on {device}; "
             "set attention_backend: auto"

@@ -11,6 +11,7 @@ from rich.console import Console
 from jobs import bench_model
 from jobs.bench_cases import (
     BEIT,
+    ON_CPU,
     SDPA,
     SDPA_BIAS,
     Case,
@@ -138,7 +139,7 @@ def test_the_record_holds_where_it_comes_from_every_row_and_the_growth(
 
 def test_a_measuring_process_that_fails_is_named_with_its_words() -> None:
     with pytest.raises(BenchError, match=r"measuring memory of fused dense at 0 frames[\s\S]*Error"):
-        bench_model._ask("memory", [Case("layer", "fused dense", 0)], 1, 1, {})
+        bench_model._ask("memory", [Case("layer", "fused dense", 0)], 1, 1, ON_CPU, {})
 
 
 @pytest.mark.parametrize(("threads", "frames"), [(0, (4,)), (2, (0,)), (2, ())])

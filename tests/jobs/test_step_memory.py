@@ -1,5 +1,7 @@
 """Predicted memory of a step against a child process that takes the step with a counting allocator."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -97,5 +99,9 @@ def test_a_step_of_a_gpu_can_be_traced_with_every_backend_it_may_take() -> None:
         )
         for backend in ("auto", "triton", "blocks")
     ]
-    assert traces[0] == traces[1] == traces[2]
+    auto, triton, blocks = (trace.with_gradients.total for trace in traces)
+    if importlib.util.find_spec("triton"):
+        assert auto == triton < blocks
+    else:
+        assert auto == triton == blocks
     assert traces[0].with_gradients.total % 512 == 0

@@ -63,7 +63,7 @@ def under_fire(job: WholeRun, num_kills: int, draw: random.Random) -> list[Kill]
             job.wait_until(lambda s=stage, t=target: has_come(job, s, t))
             kills.append(kill_once(job, kind, draw))
             print(f"{job.name}: {kills[-1]}", flush=True)
-    code = job.wait(900)
+    code = job.wait(3600)
     if code != 0:
         raise SystemExit(f"{job.name} ended with {code}\n{job.tails()}")
     return kills
@@ -124,7 +124,7 @@ def main() -> int:
         calm = whole_run(options.folder, "calm", zero)
         if not calm.run.recipe_file.exists() or calm.current_stage() != 0:
             calm.start()
-            if calm.wait() != 0:
+            if calm.wait(3600) != 0:
                 raise SystemExit(calm.tails())
         shot = whole_run(options.folder, f"shot-{options.seed}", zero)
         began_s = time.monotonic()
