@@ -51,6 +51,18 @@ def prepare_worker(num_threads: int) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def compute_repeatably() -> None:
+    """On a GPU: operations that add up in the order of chance give way to those that repeat to the last bit.
+
+    An operation that has no such form is warned of, once.
+    """
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Fresh memory is written before it is read; filling it first would cost a pass over each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed memory instead of handing large blocks back to the kernel at every step.
 
@@ -109,7 +121,10 @@ def _defaults(has_gpu: bool) -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": str(cache / "svitt-ego" / "torch_extensions"),
         "DO_NOT_TRACK": "1",
     }
-    if not has_gpu:
+    if has_gpu:
+        # One workspace of a fixed size: without it cuBLAS may take another way from run to run.
+        defaults["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    else:
         defaults["DS_ACCELERATOR"] = "cpu"
     return defaults
 

@@ -9,6 +9,10 @@ from infra.engine_memory import EngineMemory, state_bytes
 from jobs.step_memory import StepTrace
 from model.config import ModelConfig
 
+# What CUDA's libraries of matrix products work in, measured on an H200: it lasts from the first product on (its size is
+# set in `infra.runtime`), and in a step come some more. Smaller GPUs take less.
+_LASTING_WORKSPACE, _PASSING_WORKSPACE = 32 * 2**20, 64 * 2**20
+
 Moment = Literal["backward", "reduction", "update"]
 
 
@@ -21,7 +25,7 @@ class Prediction(NamedTuple):
     gradients: int
     activations: int
     logits: int
-    workspace: int  # buckets of reductions, gathered parameters, temporaries of the update
+    workspace: int  # buckets of reductions, gathered parameters, temporaries of the update, a GPU's libraries
     host: int  # all that is offloaded, activations too
 
     @property
@@ -36,18 +40,19 @@ class Prediction(NamedTuple):
         )
 
 
-def predict(trace: StepTrace, engine: EngineMemory) -> Prediction:
+def predict(trace: StepTrace, engine: EngineMemory, on_gpu: bool = False) -> Prediction:
     """The worst of a step's moments."""
+    lasting_workspace = engine.buffers + (_LASTING_WORKSPACE if on_gpu else 0)
     if engine.partial_gradients is None:
         step, gradients = trace.with_gradients, trace.with_gradients.gradients
     else:
         step, gradients = trace.without_gradients, engine.partial_gradients
     lasting, host = (engine.parameters, engine.optimizer), engine.host + trace.host
-    in_backward = engine.buffers + engine.gathered
+    in_backward = lasting_workspace + engine.gathered + (_PASSING_WORKSPACE if on_gpu else 0)
     moments = (
         Prediction("backward", *lasting, gradients, step.activations, step.logits, in_backward, host),
-        Prediction("reduction", *lasting, engine.reduction, 0, 0, engine.buffers, host),
-        Prediction("update", *lasting, 0, 0, 0, engine.buffers + engine.update, host),
+        Prediction("reduction", *lasting, engine.reduction, 0, 0, lasting_workspace, host),
+        Prediction("update", *lasting, 0, 0, 0, lasting_workspace + engine.update, host),
     )
     return max(moments, key=lambda moment: moment.total)
 

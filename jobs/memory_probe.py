@@ -130,7 +130,7 @@ def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
     import torch.distributed as dist
 
     from infra.memory_budget import is_out_of_memory
-    from infra.runtime import prepare_worker
+    from infra.runtime import compute_repeatably, prepare_worker
     from jobs.batch_work import MemoryShortageError
 
     rank = int(os.environ["RANK"])
@@ -138,6 +138,7 @@ def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
     prepare_worker(request.num_threads)
     if request.use_gpu:
         torch.cuda.set_device(device)
+        compute_repeatably()
     dist.init_process_group(
         "nccl" if request.use_gpu else "gloo",
         init_method=f"file://{folder / 'store'}",

@@ -235,7 +235,7 @@ class Planner:
     @staticmethod
     def _with(work: Workload, settings: Settings, trace: StepTrace) -> Prediction:
         memory = engine_memory(work.model, settings.engine, work.world_size)
-        return predict(trace, memory)
+        return predict(trace, memory, work.on_gpu)
 
 
 @dataclass(frozen=True, slots=True)

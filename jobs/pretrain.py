@@ -24,7 +24,7 @@ from infra.journal import Journal, NullTracker, Tracker
 from infra.ledger import EndKind, FencedError, Ledger, StageStatus
 from infra.memory_budget import Budget
 from infra.redaction import RedactingFilter
-from infra.runtime import peak_rss_bytes
+from infra.runtime import compute_repeatably, peak_rss_bytes
 from infra.system_metrics import Gpu, SystemMetrics, cpu_name, open_gpu
 from jobs.answers import ANSWERS_FILES, write_answers
 from jobs.drift import require_history
@@ -243,6 +243,7 @@ def build_context(config: dict[str, Any]) -> StageContext:
     device = torch.device("cuda", config["local_rank"]) if config["use_gpu"] else torch.device("cpu")
     if config["use_gpu"]:
         torch.cuda.set_device(device)
+        compute_repeatably()
     log_to_file(run.log_file(number, attempt, config["rank"]))
     torch.manual_seed(derive_seed(recipe.seed, "initial weights"))
     ranks, ledger = ProcessGroupRanks(device), Ledger(run.ledger_file)
@@ -394,7 +395,7 @@ def watch_memory(
             world_size,
             on_gpu=context.device.type == "cuda",
         )
-        found = predict(trace, engine_memory(model, engine, world_size))
+        found = predict(trace, engine_memory(model, engine, world_size), context.device.type == "cuda")
         fact = {"asked": asked, "bytes": found._asdict()}
         context.ledger.record_stage(context.number, known.status, predicted_memory=fact)
     prediction = Prediction(**context.ranks.gather(fact)[0]["bytes"])

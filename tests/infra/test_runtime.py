@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from infra.runtime import environment, peak_rss_bytes, prepare_process, provenance
+from infra import runtime
+from infra.runtime import compute_repeatably, environment, peak_rss_bytes, prepare_process, provenance
 
 
 def test_defaults_are_set_and_the_users_values_kept() -> None:
@@ -22,6 +24,24 @@ def test_defaults_are_set_and_the_users_values_kept() -> None:
     before = dict(environ)
     prepare_process(environ)
     assert environ == before
+
+
+def test_a_gpu_gets_a_workspace_of_fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_has_gpu", lambda _: True)
+    environ: dict[str, str] = {}
+    prepare_process(environ)
+    assert environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "DS_ACCELERATOR" not in environ
+
+
+def test_repeatable_operations_are_chosen_without_filling_fresh_memory() -> None:
+    try:
+        compute_repeatably()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_an_environment_change_is_undone() -> None:

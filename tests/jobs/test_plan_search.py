@@ -61,6 +61,10 @@ def test_the_prediction_is_the_worst_moment_of_a_step() -> None:
         7,
     )
     assert predict(StepTrace(step, alone, 0), engine._replace(reduction=30))[:4] == ("reduction", 10, 20, 30)
+    # A GPU's matrix products work in 32 MiB that stay, and in 64 more while there are any.
+    assert predict(StepTrace(step, alone, 0), engine, on_gpu=True).total == 43 + 96 * MIB
+    update = predict(StepTrace(step, alone, 0), engine._replace(update=100 * MIB), on_gpu=True)
+    assert (update.moment, update.total) == ("update", 10 + 20 + 1 + 132 * MIB)
 
 
 def test_the_largest_micro_batch_that_fits_is_found_to_the_clip() -> None:

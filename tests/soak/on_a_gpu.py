@@ -23,7 +23,7 @@ import torch.distributed as dist
 from infra.config import EngineConfig
 from infra.engine import build_engine, torch_dtype
 from infra.memory_budget import device_budget
-from infra.runtime import prepare_worker
+from infra.runtime import compute_repeatably, prepare_process, prepare_worker
 from jobs.batch_work import Batch
 from jobs.memory_plan import engine_memory, predict
 from jobs.memory_probe import probe
@@ -85,7 +85,7 @@ def memory() -> bool:
                 TAGS,
                 on_gpu=True,
             )
-            predicted = predict(trace, engine_memory(request.model, request.engine, 1))
+            predicted = predict(trace, engine_memory(request.model, request.engine, 1), on_gpu=True)
             found = rehearsal.result()
             error = predicted.total / found.peak_bytes - 1
             print(
@@ -190,7 +190,10 @@ def eight() -> bool:
     found = probe(probe_request(load, choice, True, limit))
     print(f"rehearsed under the limit: peak {found.peak_bytes / MIB:.0f} MiB, predicted "
           f"{choice.prediction.total / MIB:.0f}", flush=True)  # fmt: skip
+    gc.collect()
+    torch.cuda.empty_cache()
     step, batch = training_step(choice.settings, load, choice.micro_batch_size, limit)
+    print(f"before the step: {torch.cuda.memory_allocated() / MIB:.0f} MiB", flush=True)
     torch.cuda.reset_peak_memory_stats()
     times = [seconds(step, number, batch) for number in (0, 1)]
     peak = torch.cuda.max_memory_allocated()
@@ -293,7 +296,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="Default: all.")
     names = parser.parse_args().parts
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    prepare_process()
     prepare_worker(4)
+    compute_repeatably()
     torch.cuda.set_device(0)
     failed = []
     with tempfile.TemporaryDirectory() as folder:
