@@ -176,10 +176,12 @@ def _steps(request: ProbeRequest, device: Any) -> ProbeResult:
     engine.module.train()
     model.offload_within(budget.on_host)
     if request.limit_bytes is not None and not request.use_gpu:
-        # On the CPU an engine is built where it is, and what it offloads can be told apart only then.
+        # On the CPU an engine is built where it is, and what it offloads can be told apart only then. Where gradients
+        # go to the host, their buffers there are made in the first backward pass: its limit is that of the next.
         for tensor in engine.offloaded():
             budget.move_to_host(tensor)
-        budget = device_budget(device, before + request.limit_bytes)
+        if not request.engine.offloads:
+            budget = device_budget(device, before + request.limit_bytes)
     batch = rehearsal_batch(
         request.model,
         request.clips_per_rank,
@@ -194,6 +196,8 @@ def _steps(request: ProbeRequest, device: Any) -> ProbeResult:
     for step in range(request.num_steps):
         for tensor in engine.offloaded():
             budget.move_to_host(tensor)
+        if step == 1 and request.limit_bytes is not None and not request.use_gpu:
+            budget = device_budget(device, before + request.limit_bytes)
         began_s = time.perf_counter()
         resident = budget.live_bytes() - before
         budget.reset_peak()
