@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from infra.checkpoint import Checkpoint, CheckpointStore
 from infra.config_io import dump_yaml
 from infra.durable import write_durably
+from infra.ledger import Ledger
+from infra.mlflow_tracker import TrackingError
 from jobs.charts import Line, interval_chart, line_chart, share_bar
 from jobs.evaluate import Encoder
 from jobs.pictures import AskedQuestion, PrunedClip, asked_questions, edge_layout_uri, pruned_clips
@@ -18,6 +20,7 @@ from jobs.progress import ProgressReport
 from jobs.run_dir import RunDir
 from jobs.run_facts import RunFacts, StageFacts, run_facts
 from jobs.summary import INTER, INTRA, PROBE_ORDERED, PROBE_SHUFFLED, interval
+from jobs.tracking import fact_name, open_mlflow
 from model.video_text_model import VideoTextModel
 from model.weights import load_for_num_frames
 from pipeline.manifest import read_manifest
@@ -25,6 +28,7 @@ from pipeline.questions import McqQuestion, read_questions
 from pipeline.storage import storage_path
 
 NUM_CLIPS, NUM_QUESTIONS_OF_A_KIND = 3, 2
+REPORT_FILE = "report.html"
 _LOSSES = ("loss", "vtc", "vtm", "mlm")
 
 
@@ -44,7 +48,22 @@ def write_report(run: RunDir, path: Path, report: ProgressReport, has_pictures: 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, page)
     report.say(f"{path}: {len(page.encode()) / 2**20:.1f} MiB, opens in any browser")
+    _keep_in_mlflow(run, page, report)
     return 0
+
+
+def _keep_in_mlflow(run: RunDir, page: str, report: ProgressReport) -> None:
+    """As report.html of the curriculum's MLflow run, in place of an older one; the page on disk needs no MLflow."""
+    run_id = Ledger(run.ledger_file).read().facts.get(fact_name(0))
+    if run_id is None:
+        report.say("the run is not in MLflow yet, so the page is not either")
+        return
+    try:
+        open_mlflow(run.recipe()).attach_text(run_id, REPORT_FILE, page)
+    except TrackingError as error:
+        report.say(f"the page is not in MLflow: {error}; write the report again when MLflow is back")
+    else:
+        report.say(f"also in MLflow: artifact {REPORT_FILE} of run {run_id}")
 
 
 def render(facts: RunFacts, clips: Sequence[PrunedClip], questions: Sequence[AskedQuestion]) -> str:
