@@ -11,11 +11,15 @@ from test_compare import Tags
 from trained_runs import trained_run
 
 from infra.ledger import Ledger
+from infra.mlflow_tracker import TrackingError
+from jobs import report as report_module
 from jobs.charts import Line, interval_chart, line_chart, share_bar
 from jobs.pictures import dim_patches, edge_layout_uri, kept_masks
 from jobs.progress import ProgressReport
-from jobs.report import write_report
+from jobs.recipe import Recipe
+from jobs.report import REPORT_FILE, write_report
 from jobs.summary import NON_FINITE_STEPS
+from jobs.tracking import fact_name, open_mlflow
 from model.config import VideoConfig
 
 Report = tuple[ProgressReport, Callable[[], list[str]]]
@@ -115,3 +119,28 @@ def test_a_small_run_without_shards_is_said(tmp_path: Path, report_lines: Report
     with pytest.raises(Exception, match=r"manifest"):
         write_report(small_run(tmp_path), tmp_path / "page.html", report_lines[0], has_pictures=False)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_is_kept_in_mlflow_in_place_of_an_older_one(tmp_path: Path, report_lines: Report) -> None:
+    run, _ = trained_run(tmp_path)
+    runs = open_mlflow(run.recipe())
+    run_id = runs.client.create_run(runs.experiment_id).info.run_id
+    Ledger(run.ledger_file).record_run(**{fact_name(0): run_id})
+    page = tmp_path / "page.html"
+    write_report(run, page, report_lines[0], has_pictures=False)
+    report_training(run, 1, {10: 5.0})
+    write_report(run, page, report_lines[0], has_pictures=False)
+    assert Path(runs.client.download_artifacts(run_id, REPORT_FILE)).read_text() == page_of(page)
+
+
+def test_a_page_is_written_where_mlflow_is_away(
+    tmp_path: Path, report_lines: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recipe: Recipe) -> None:
+        raise TrackingError("nobody answers")
+
+    run, _ = trained_run(tmp_path)
+    Ledger(run.ledger_file).record_run(**{fact_name(0): "a run"})
+    monkeypatch.setattr(report_module, "open_mlflow", refuse)
+    assert write_report(run, tmp_path / "page.html", report_lines[0], has_pictures=False) == 0
+    assert "not in MLflow: nobody answers; write the report again" in " ".join(report_lines[1]())

@@ -1,6 +1,5 @@
 """What MLflow shows of a run stands in the run directory, and can be made again from there."""
 
-import io
 import json
 import subprocess
 import sys
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.tracking import MlflowClient
-from rich.console import Console
 from small_runs import SCORES
 from tracked_runs import Clock, dump_runs, play, tracked_run, train_stage
 
@@ -17,12 +14,10 @@ from infra.checkpoint_files import MANIFEST
 from infra.config_io import ConfigError
 from infra.journal import metric_history, read_journal
 from infra.ledger import Ledger
-from infra.mlflow_tracker import MlflowRuns, TrackingError, sqlite_uri
-from jobs import report, tracking
+from infra.mlflow_tracker import sqlite_uri
+from jobs import tracking
 from jobs.progress import ProgressReport
 from jobs.rebuild import rebuild, rebuild_run
-from jobs.recipe import Recipe
-from jobs.report import REPORT_FILE, write_report
 from jobs.run_dir import RunDir
 from jobs.submit import put_aside
 from jobs.tracking import RunTracking, fact_name, tracking_uri
@@ -155,29 +150,3 @@ def test_a_folder_that_no_controller_has_driven_cannot_be_rebuilt(tmp_path: Path
 
 def test_the_manifest_of_a_checkpoint_is_known_by_its_name() -> None:
     assert tracking._CHECKPOINT_MANIFEST == MANIFEST
-
-
-def test_a_report_is_kept_with_the_curriculums_run_and_replaced_by_a_newer_one(tmp_path: Path) -> None:
-    run, told = tracked_run(tmp_path), io.StringIO()
-    play(run, Clock())
-    for number in (1, 2):
-        page = tmp_path / f"page-{number}.html"
-        assert write_report(run, page, ProgressReport(Console(file=told, width=200)), has_pictures=False) == 0
-    run_id = Ledger(run.ledger_file).read().facts[fact_name(0)]
-    kept = MlflowClient(tracking_uri(run.recipe())).download_artifacts(run_id, REPORT_FILE)
-    assert Path(kept).read_text() == page.read_text()  # pyright: ignore[reportPossiblyUnboundVariable]
-    assert f"also in MLflow: artifact report.html of run {run_id}" in told.getvalue()
-
-
-def test_a_report_is_written_where_mlflow_is_away(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(recipe: Recipe) -> MlflowRuns:
-        raise TrackingError("nobody answers")
-
-    monkeypatch.setattr(report, "open_mlflow", refuse)
-    told = io.StringIO()
-    page = tmp_path / "page.html"
-    assert write_report(run, page, ProgressReport(Console(file=told, width=200)), has_pictures=False) == 0
-    assert page.exists()
-    assert "not in MLflow: nobody answers; write the report again" in told.getvalue()
