@@ -24,6 +24,7 @@ from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
 from jobs.stage_jobs import submit_attempt
 from jobs.stop import ask_to_stop, leaving_on_signals
+from jobs.summary import num_unsent
 from pipeline.manifest import read_manifest, require_tags, require_whole
 from pipeline.storage import storage_path
 
@@ -157,6 +158,10 @@ def drive(cluster: "Cluster", run: RunDir, report: ProgressReport) -> int:
             )
             job_id = start_controller(cluster, run)
     report.say(goodput(run).line())
+    if unsent := num_unsent(Ledger(run.ledger_file).read()):
+        report.say(
+            f"{unsent} journal lines have not reached MLflow; once it answers, svitt rebuild {run.path} sends them"
+        )
     return code
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from infra.journal import valid_records
-from infra.ledger import Ledger, StageState
+from infra.ledger import Ledger, RunState, StageState
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
 from jobs.run_dir import RunDir
 from pipeline.errors import ShardError
@@ -134,3 +134,13 @@ def _journal_facts(run: RunDir, number: int) -> tuple[Mapping[str, float], float
     peaks = [max(v["mem/peak_rss_gib"], v.get("mem/peak_device_gib", 0.0)) for v in intervals]
     rates = sorted(v["perf/clips_per_s"] for v in intervals)
     return intervals[-1], max(peaks), rates[len(rates) // 2]
+
+
+def unsent_name(number: int) -> str:
+    """Under which name the ledger keeps how many journal lines MLflow did not get by the end of a run."""
+    return f"unsent_{number}"
+
+
+def num_unsent(state: RunState) -> int:
+    """Lines of all journals that the last controller could not send."""
+    return sum(state.facts.get(unsent_name(number), 0) for number in (0, *state.stages))

@@ -30,6 +30,7 @@ from jobs.goodput import goodput
 from jobs.recipe import Recipe
 from jobs.retry_budget import spent
 from jobs.run_dir import RunDir
+from jobs.summary import unsent_name
 from pipeline.manifest import read_manifest
 from pipeline.storage import storage_path
 
@@ -224,7 +225,7 @@ class RunTracking:
     def _close(self, number: int) -> None:
         forwarder = self._forwarders.pop(number, None)
         if forwarder is not None:
-            forwarder.close()
+            self._ledger.record_run(**{unsent_name(number): forwarder.close()})
 
     def _card(self, number: int, facts: Mapping[str, Any]) -> RunCard:
         known = facts.get(card_name(number))

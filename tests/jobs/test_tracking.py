@@ -20,6 +20,7 @@ from jobs.progress import ProgressReport
 from jobs.rebuild import rebuild, rebuild_run
 from jobs.run_dir import RunDir
 from jobs.submit import put_aside
+from jobs.summary import num_unsent
 from jobs.tracking import RunTracking, fact_name, tracking_uri
 
 
@@ -37,6 +38,7 @@ def stage_of(dump: dict, number: int) -> dict:
 def test_runs_hold_what_the_journals_say(run: RunDir) -> None:
     dump = dump_runs(tracking_uri(run.recipe()))
     assert sorted(dump) == ["small", "small / 1 short", "small / 2 long"]
+    assert num_unsent(Ledger(run.ledger_file).read()) == 0
     losses = [(step, value) for step, _, value in dump["small / 1 short"]["history"]["train/loss"]]
     assert losses == metric_history(run.journal(1), "train/loss")
     assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -114,6 +116,7 @@ def test_a_server_that_was_away_to_the_end_is_completed_by_a_rebuild(
     with monkeypatch.context() as away:
         away.setattr("infra.mlflow_forwarder.JournalCopy.send", lambda self: None)
         play(run, Clock())
+    assert num_unsent(Ledger(run.ledger_file).read()) > 0
     rebuild_run(run)
     dump = dump_runs(tracking_uri(run.recipe()))
     losses = [(step, value) for step, _, value in dump["small / 1 short"]["history"]["train/loss"]]
