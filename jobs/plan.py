@@ -37,8 +37,8 @@ from pipeline.storage import StoragePath, storage_path
 from pipeline.text import CaptionTokenizer
 
 MIB, GIB = 2**20, 2**30
-# CUDA's context, its modules and NCCL take this of a GPU besides all tensors. It grows with the processor: an H200 of 132
-# multiprocessors took 1.65 GiB, cards of 8 to 24 GB have a fifth to a half of them.
+# CUDA's context, its modules and NCCL take this of a GPU besides all tensors. It grows with the processor: an H200 of
+# 132 multiprocessors took 1.65 GiB; cards of 8 to 24 GB have a fifth to a half of them.
 GPU_RESERVE_BYTES = 700 * MIB
 # EgoClip's verb and noun classes, where no shards say otherwise.
 _EGOCLIP_TAGS = (118, 582)
