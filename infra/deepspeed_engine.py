@@ -380,7 +380,7 @@ def deepspeed_dict(config: EngineConfig, micro_batch_size: int, on_gpu: bool) ->
         "stage": config.zero_stage,
         "reduce_bucket_size": bucket_elements,
         "allgather_bucket_size": bucket_elements,
-        # A GPU then takes the way that the CPU's tests take. What overlapping would gain on several has not been measured.
+        # So that a GPU takes the way of the CPU tests. What overlapping would gain on several was not measured.
         "overlap_comm": False,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
