@@ -95,8 +95,23 @@ class DeepSpeedEngine:
         # It would copy a conversion script into every checkpoint, where code has no place.
         engine._copy_recovery_script = lambda save_path: None
         self._engine: Any = engine
+        if config.zero_stage == 2 and config.offload_optimizer != "none":
+            self._free_gradients_on_the_host()
         self._order = StepOrder()
         self._grad_norm: float | None = None
+
+    def _free_gradients_on_the_host(self) -> None:
+        """DeepSpeed would keep a gradient on the device to the end of the backward pass that it has copied to the host:
+        at the first layers, whose activations are the largest, nearly all of them.
+        """
+        optimizer = self._engine.optimizer
+        copy = optimizer.copy_grads_in_partition
+
+        def copy_and_free(param: nn.Parameter, group: int | None = None) -> None:
+            copy(param, group)
+            optimizer.clear_grad_attribute(param)
+
+        optimizer.copy_grads_in_partition = copy_and_free
 
     @property
     def module(self) -> nn.Module:

@@ -82,6 +82,7 @@ SETTINGS = (
     Setting("small", 4, 2, 4, 1, {"zero_stage": 2, **ON_HOST, **OFTEN}),
     Setting("small", 4, 2, 4, 2, {"zero_stage": 3, **ON_HOST, "offload_parameters": "cpu", **OFTEN}),
     Setting("small", 16, 1, 2, video={**DENSE, **ALL, "offload_activations": True}, text=ALL),
+    Setting("small", 8, 6, 12, 1, {"zero_stage": 2, **ON_HOST, **OFTEN}, video=ALL, text=ALL),
     Setting("base", 4, 1, 2),
     Setting("base", 8, 1, 2, 1, {"zero_stage": 1}, video=ALL, text=ALL),
     Setting("base", 16, 1, 2, 1, {"zero_stage": 2, **ON_HOST}, video=ALL, text=ALL),
