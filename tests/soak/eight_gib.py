@@ -15,6 +15,7 @@ import torch
 from infra.config import EngineConfig
 from infra.engine import build_engine
 from infra.memory_budget import device_budget
+from jobs.batch_work import Batch
 from jobs.memory_probe import probe
 from jobs.plan import engine_words, probe_request, recompute_words
 from jobs.plan_search import Choice, Plan, Planner, Recompute, Settings, Workload, candidates, search
@@ -38,6 +39,33 @@ def work(frames: int, clips: int, is_dense: bool = False) -> Workload:
     return Workload(f"T {frames}", ModelConfig.named("base").replaced(video=video), clips, 1, LENGTH, TAGS)
 
 
+def varied_batch(load: Workload) -> Batch:
+    """Random pixels and words, every clip another action."""
+    clips, vocab_size = load.clips_per_rank, load.model.text.vocab_size
+    batch = rehearsal_batch(load.model, clips, clips, load.text_length, load.num_tags)
+    batch.video_BTCHW.random_(0, 256)
+    batch.text_ids_BL[:, 1:].random_(vocab_size // 2, vocab_size)
+    for tags in (batch.verbs_BV, batch.nouns_BU):
+        tags[torch.arange(clips), torch.arange(clips) % tags.shape[1]] = True
+    return batch
+
+
+def planned(
+    load: Workload, engine: EngineConfig, limit_bytes: int, host_bytes: int, planner: Planner
+) -> Choice:
+    """The plan's answer, printed."""
+    settings = list(candidates(engine, load.model, 1, has_kernel=True))
+    plan = search([load], settings, limit_bytes, host_bytes, planner)
+    assert isinstance(plan, Plan), plan
+    (choice,) = plan.choices
+    print(
+        f"{load.clips_per_rank} clips in 8 GiB: {engine_words(choice.settings)}, recompute "
+        f"{recompute_words(choice.settings.recompute)}, {choice.micro_batch_size} at once; {choice.prediction}",
+        flush=True,
+    )
+    return choice
+
+
 def whole_step(rank: int, argument: tuple[Choice, int]) -> None:
     """Random pixels and words, every clip another one; all state of the device inside the limit."""
     choice, clips = argument
@@ -51,11 +79,7 @@ def whole_step(rank: int, argument: tuple[Choice, int]) -> None:
     engine = build_engine(model, parameter_groups(model, 0.02), choice.settings.engine, clips, device)
     engine.module.train()
     model.offload_within(budget.on_host)
-    batch = rehearsal_batch(load.model, clips, clips, LENGTH, TAGS)
-    batch.video_BTCHW.random_(0, 256)
-    batch.text_ids_BL[:, 1:].random_(1000, 30000)
-    batch.verbs_BV[torch.arange(clips), torch.arange(clips) % TAGS[0]] = True
-    batch.nouns_BU[torch.arange(clips), torch.arange(clips) % TAGS[1]] = True
+    batch = varied_batch(load)
     for tensor in engine.offloaded():
         budget.move_to_host(tensor)
     ranks = ProcessGroupRanks(device)
@@ -100,14 +124,7 @@ def main() -> None:
     parser.add_argument("--skip-longest", action="store_true")
     options = parser.parse_args()
     planner, load = Planner(), work(16, BATCH)
-    plan = search([load], list(candidates(ENGINE, load.model, 1, has_kernel=True)), LIMIT, HOST, planner)
-    assert isinstance(plan, Plan), plan
-    (choice,) = plan.choices
-    print(
-        f"{BATCH} clips in 8 GiB: {engine_words(choice.settings)}, recompute "
-        f"{recompute_words(choice.settings.recompute)}, {choice.micro_batch_size} at once; {choice.prediction}",
-        flush=True,
-    )
+    choice = planned(load, ENGINE, LIMIT, HOST, planner)
     # The same with fewer clips at once: a CPU needs a quarter of a minute for each.
     small = replace(choice, micro_batch_size=options.micro)
     predicted = planner.predict(load, choice.settings, options.micro)

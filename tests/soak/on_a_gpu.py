@@ -27,15 +27,15 @@ from infra.runtime import compute_repeatably, prepare_process, prepare_worker
 from jobs.batch_work import Batch
 from jobs.memory_plan import engine_memory, predict
 from jobs.memory_probe import probe
-from jobs.plan import engine_words, probe_request, recompute_words
-from jobs.plan_search import Plan, Planner, Recompute, Settings, Workload, candidates, search
+from jobs.plan import GPU_RESERVE_BYTES, probe_request
+from jobs.plan_search import Planner, Recompute, Settings, Workload
 from jobs.ranks import ProcessGroupRanks
-from jobs.rehearsal import rehearsal_batch
 from jobs.step_memory import trace_step
 from jobs.train_step import TrainStep
 from model.config import ModelConfig
 from model.optim import parameter_groups
 from model.video_text_model import VideoTextModel
+from tests.soak.eight_gib import planned, varied_batch
 from tests.soak.predicted_memory import ALL, DENSE, OFTEN, ON_HOST, Setting
 
 MIB, GIB = 2**20, 2**30
@@ -110,11 +110,7 @@ def training_step(
     clips = load.clips_per_rank
     engine = build_engine(model, groups, settings.engine, clips, DEVICE)
     engine.module.train()
-    batch = rehearsal_batch(load.model, clips, clips, LENGTH, TAGS)
-    batch.video_BTCHW.random_(0, 256)
-    batch.text_ids_BL[:, 1:].random_(load.model.text.vocab_size // 2, load.model.text.vocab_size)
-    batch.verbs_BV[torch.arange(clips), torch.arange(clips) % TAGS[0]] = True
-    batch.nouns_BU[torch.arange(clips), torch.arange(clips) % TAGS[1]] = True
+    batch = varied_batch(load)
     return TrainStep(engine, 0, ProcessGroupRanks(DEVICE), lambda _: 1e-5, micro_batch_size), batch
 
 
@@ -176,17 +172,8 @@ def eight() -> bool:
     limit, load = 8 * GIB, load_of("base", 16, 1024)
     engine = EngineConfig(bucket_bytes=4 * MIB, precision="bf16")
     # What CUDA itself and torch's cache take is set aside, as `svitt plan` does.
-    usable = limit - 700 * MIB
-    plan = search(
-        [load], list(candidates(engine, load.model, 1, has_kernel=True)), usable, 64 * GIB, Planner()
-    )
-    assert isinstance(plan, Plan), plan
-    (choice,) = plan.choices
-    print(
-        f"1024 clips in 8 GiB: {engine_words(choice.settings)}, recompute "
-        f"{recompute_words(choice.settings.recompute)}, {choice.micro_batch_size} at once; {choice.prediction}",
-        flush=True,
-    )
+    usable = limit - GPU_RESERVE_BYTES
+    choice = planned(load, engine, usable, 64 * GIB, Planner())
     found = probe(probe_request(load, choice, True, limit))
     print(f"rehearsed under the limit: peak {found.peak_bytes / MIB:.0f} MiB, predicted "
           f"{choice.prediction.total / MIB:.0f}", flush=True)  # fmt: skip
