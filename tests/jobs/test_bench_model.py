@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from jobs import bench_model
@@ -15,6 +16,7 @@ from jobs.bench_cases import (
     SDPA,
     SDPA_BIAS,
     Case,
+    Setup,
     build,
     encoder_cases,
     flops,
@@ -167,3 +169,22 @@ def test_cases_are_chosen_by_a_part_of_their_title(tmp_path: Path) -> None:
     report = ProgressReport(Console(file=io.StringIO()))
     with pytest.raises(BenchError, match="no case has 'fusd' in its title"):
         bench_model.bench_model(Plan((4,), only=("fusd",)), 1, tmp_path / "record.json", report)
+
+
+@pytest.mark.parametrize(
+    ("setup", "told"),
+    [(Setup(num_clips=0), "clips is 0"), (Setup("cuda", "bfloat16", 2), "torch finds no GPU here")],
+)
+def test_a_place_that_cannot_be_measured_is_refused(
+    setup: Setup, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BenchError, match=told):
+        bench_model.bench_model(
+            Plan(setup=setup), 1, tmp_path / "record.json", ProgressReport(Console(quiet=True))
+        )
+
+
+def test_a_gpus_layers_are_those_of_its_kernels() -> None:
+    names = [case.name for case in layer_cases(4, Setup("cuda", "bfloat16", 8))]
+    assert names == ["triton (1,3,56)", "triton (1,5,56)", "triton dense", SDPA_BIAS, SDPA]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import attention
 from model.attention import Backend, choose_backend, sparse_attention, token_codes
 from model.sparsity import EdgeLayout, draw_edge_layout
 
@@ -101,3 +102,21 @@ def test_it_is_refused_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) ->
 def test_it_is_refused_for_a_type_that_it_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         choose_backend(DEVICE, torch.float64, 1, "triton")
+
+
+def test_auto_takes_the_kernels_on_a_gpu() -> None:
+    assert choose_backend(torch.device("cuda"), torch.bfloat16, 1, "auto") == "triton"
+    # A type that they do not know goes the plain way.
+    assert choose_backend(torch.device("cuda"), torch.float64, 1, "auto") == "reference"
+
+
+def test_a_gpu_without_triton_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    attention._has_triton.cache_clear()
+    try:
+        assert choose_backend(torch.device("cuda"), torch.bfloat16, 1 << 30, "auto") == "blocks"
+        assert "no package triton here" in caplog.text
+    finally:
+        attention._has_triton.cache_clear()
