@@ -217,11 +217,19 @@ def evaluate(
             "combinations.",
         ),
     ] = (),
+    epic_mir: Annotated[
+        tuple[str, str] | None,
+        tyro.conf.arg(
+            metavar="SHARDS ANNOTATIONS",
+            help="Also EPIC-KITCHENS-100's multi-instance retrieval: a set that prepare made of its test clips, and "
+            "the folder of its retrieval_annotations.",
+        ),
+    ] = None,
 ) -> int:
     """Score a stage's newest checkpoint again: EgoMCQ inter and intra, the temporal probe."""
     from jobs.rescore import Extras, rescore
 
-    return rescore(_open(run_dir), stage, _report(), Extras(retrieval, vtm, sweep))
+    return rescore(_open(run_dir), stage, _report(), Extras(retrieval, vtm, sweep, epic_mir))
 
 
 def report(

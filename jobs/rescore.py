@@ -13,6 +13,7 @@ from infra.config_io import ConfigError
 from infra.ledger import Ledger
 from jobs.answers import ANSWERS_FILES, Answer, write_answers
 from jobs.encoder import Encoder, HeldOutClips
+from jobs.epic_mir import mir_lines, read_benchmark, score_multi_instance
 from jobs.evaluate import MATCHED_INTER, MATCHED_INTRA, score_by_matching, score_questions
 from jobs.memory_watch import open_budget
 from jobs.pretrain import StageContext, open_store, open_tokenizer
@@ -25,17 +26,22 @@ from jobs.sweep import SWEEP_FILE, Sweep, parse_axes, run_sweep, sweep_points
 from model.metrics import RECALLS_AT
 from model.video_text_model import VideoTextModel
 from model.weights import load_for_num_frames
+from pipeline.epic_retrieval import RetrievalSet
 from pipeline.questions import read_questions
 from pipeline.store import ClipStore
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is scored beside EgoMCQ and the probe; each is another pass over the clips, a sweep one for each point."""
+    """What is scored beside EgoMCQ and the probe; each is another pass over the clips, a sweep one for each point.
+
+    `epic_mir`: a set of shards of EPIC-KITCHENS-100's retrieval test clips, and the folder of its annotations.
+    """
 
     retrieval: bool = False
     vtm: bool = False
     sweep: Sequence[str] = ()
+    epic_mir: tuple[str, str] | None = None
 
 
 def rescore(run: RunDir, stage: int | None, report: ProgressReport, extras: Extras | None = None) -> int:
@@ -46,6 +52,7 @@ def rescore(run: RunDir, stage: int | None, report: ProgressReport, extras: Extr
     sweep asked for is none.
     """
     extras = extras or Extras()
+    benchmark = read_benchmark(Path(extras.epic_mir[1])) if extras.epic_mir is not None else None
     recipe = run.recipe()
     axes = parse_axes(extras.sweep)
     number, checkpoint = _newest_checkpoint(run, stage, len(recipe.stages))
@@ -60,7 +67,12 @@ def rescore(run: RunDir, stage: int | None, report: ProgressReport, extras: Extr
     with open_store(recipe, "egomcq") as store:
         points = sweep_points(context.model_config(), axes, store.num_frames) if axes else []
         scoring = _Scoring(context, checkpoint, store, report)
-        scoring.scores(extras)
+        metrics = scoring.scores(extras)
+        if extras.epic_mir is not None and benchmark is not None:
+            with ClipStore(extras.epic_mir[0], recipe.loader.cache_dir, recipe.loader.cache_gib) as mir_store:
+                metrics |= scoring.multi_instance(mir_store, benchmark)
+        where = {"stage": number, "checkpoint": str(checkpoint.path)}
+        report.say(json.dumps({**where, **metrics}))
         if points:
             sweep = Sweep(
                 scoring.clips.encoder,
@@ -112,8 +124,8 @@ class _Scoring:
         }
         self._context, self._checkpoint, self._report = context, checkpoint, report
 
-    def scores(self, extras: Extras) -> None:
-        """Scores, prints and writes all but the sweep."""
+    def scores(self, extras: Extras) -> dict[str, float]:
+        """Scores, prints and writes what the recipe's own clips give, but for the sweep."""
         allowed = self._context.recipe.evaluation.max_unreadable_share
         evaluation = score_questions(self.clips, self.mcq, allowed)
         metrics = evaluation.metrics()
@@ -129,8 +141,16 @@ class _Scoring:
             metrics |= score_retrieval(self.clips).metrics()
             for line in _retrieval_in_words(metrics):
                 self._report.say(line)
-        where = {"stage": self.facts["stage"], "checkpoint": str(self._checkpoint.path)}
-        self._report.say(json.dumps({**where, **metrics}))
+        return metrics
+
+    def multi_instance(self, store: ClipStore, benchmark: RetrievalSet) -> dict[str, float]:
+        """Scores and prints EPIC-KITCHENS-100's retrieval."""
+        clips = HeldOutClips(self.clips.encoder, store, self._context.ranks)
+        allowed = self._context.recipe.evaluation.max_unreadable_share
+        metrics = score_multi_instance(clips, benchmark, allowed).metrics()
+        for line in mir_lines(metrics):
+            self._report.say(line)
+        return metrics
 
     def _write(self, answers: Sequence[Answer], mode: str) -> None:
         path = self._context.run.stage_dir(self._context.number) / ANSWERS_FILES[mode]

@@ -12,11 +12,13 @@ from infra.checkpoint import CheckpointStore
 from infra.config_io import ConfigError
 from infra.ledger import Ledger
 from jobs.answers import compare_answers, read_answers
+from jobs.epic_mir import CAPTIONS_FILE, CLIPS_FILE
 from jobs.pretrain import StageContext, open_tokenizer
 from jobs.ranks import SingleRank
 from jobs.rescore import Extras, rescore
 from jobs.run_dir import RunDir
 from model.video_text_model import VideoTextModel
+from pipeline.errors import DataError
 from pipeline.questions import McqQuestion, McqSet, questions_to_bytes
 from pipeline.store import ClipStore
 
@@ -98,6 +100,47 @@ def test_retrieval_and_the_matching_head_come_on_request_and_change_nothing_else
     sheet = read_answers(run.stage_dir(2) / "answers-vtm.parquet")
     assert sheet.facts["mode"] == "matching"
     assert 100 * sheet.answers[1].is_correct == full["eval/egomcq_vtm/intra_video_acc"]
+
+
+def write_annotations(folder: Path) -> None:
+    """EPIC-KITCHENS-100's retrieval files for the twelve clips of `write_set`, and captions for the first six."""
+    folder.mkdir()
+    clips = [
+        f"P_{i},v{i % 2},00:00:{2 * i:02d}.00,00:00:{2 * i + 1:02d}.00,#C C moves cup {i},{i % 3},[{i % 2}]"
+        for i in range(12)
+    ]
+    header = "narration_id,video_id,start_timestamp,stop_timestamp,narration,verb_class,all_noun_classes"
+    (folder / CLIPS_FILE).write_text("\n".join([header, *clips]))
+    sentences = [f"P_{i},#C C moves cup {i}" for i in range(6)]
+    (folder / CAPTIONS_FILE).write_text("\n".join(["narration_id,narration", *sentences]))
+
+
+def test_epic_kitchens_retrieval_is_scored_on_shards_of_its_own(tmp_path: Path, report_lines) -> None:
+    report, lines = report_lines
+    run = scorable_run(tmp_path)
+    shards = write_set(tmp_path / "epic" / "train")
+    write_annotations(tmp_path / "files")
+    rescore(run, 2, report, Extras(epic_mir=(str(shards), str(tmp_path / "files"))))
+    _, *words, numbers = lines()
+    assert [line.split(":")[0] for line in words] == [
+        "EPIC-KITCHENS-100 text to video",
+        "EPIC-KITCHENS-100 video to text",
+        "EPIC-KITCHENS-100 mean",
+    ]
+    metrics = json.loads(numbers)
+    assert (metrics["eval/epic_mir/text_to_video_n"], metrics["eval/epic_mir/video_to_text_n"]) == (6, 12)
+    assert 0 < metrics["eval/epic_mir/mean_map"] <= metrics["eval/epic_mir/mean_official_map"] <= 100
+    assert metrics["eval/egomcq/inter_video_n"] == 1
+
+
+def test_annotations_that_are_not_there_are_told_before_anything_is_scored(
+    tmp_path: Path, report_lines
+) -> None:
+    report, lines = report_lines
+    run = scorable_run(tmp_path)
+    with pytest.raises(DataError, match=CLIPS_FILE):
+        rescore(run, 2, report, Extras(epic_mir=(str(tmp_path), str(tmp_path))))
+    assert lines() == []
 
 
 def test_a_bad_sweep_is_refused_before_anything_is_scored(tmp_path: Path, report_lines) -> None:
