@@ -57,11 +57,14 @@ MARK = "SVITT_TEST_MARK"
 
 @dataclass
 class WholeRun:
-    """A run of the tiny recipe in `workspace`, driven by `svitt` commands that may be killed and started again."""
+    """A run in `workspace`, driven by `svitt` commands that may be killed and started again: the demo's recipe with the
+    changes of `size`, then `overrides`.
+    """
 
     workspace: Path
     name: str
     overrides: Sequence[str] = ()
+    size: Sequence[str] = TINY
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     num_commands: int = 0
@@ -85,7 +88,7 @@ class WholeRun:
             place = ["demo", "--workspace", str(self.workspace)]
             if verb == "submit":
                 place += ["--run-dir", str(self.run.path)]
-        sets = [] if verb == "resume" else [p for o in (*TINY, *self.overrides) for p in ("--set", o)]
+        sets = [] if verb == "resume" else [p for o in (*self.size, *self.overrides) for p in ("--set", o)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", MARK: self.mark}
         self.workspace.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as file:

@@ -1,9 +1,10 @@
-"""Is search any good: `python -m tests.soak.search_demo --workspace demo --folder SCRATCH [--queries 100]`.
+"""Is search any good: `python -m tests.soak.search_demo --workspace demo --folder SCRATCH [--run NAME]`.
 
-Exports the finished demo run, embeds its videos in pieces of a second that begin every half second, and asks for
-sentences that were narrated in them, as `svitt search` does. A hit: at least half of the best piece lies in the window
-of a narration of the same action (verb and noun; several sentences name one). Prints the share of hits beside that of a
-piece drawn at random, for all videos and for the held-out ones, of which training has seen nothing.
+Exports a finished run on the demo's videos (the demo's own by default), embeds its videos in pieces of a second that
+begin every half second, and asks for sentences that were narrated in them, as `svitt search` does. A hit: at least half
+of the best piece lies in the window of a narration of the same action (verb and noun; several sentences name one).
+Prints the share of hits beside that of a piece drawn at random, for all videos and for the held-out ones, of which
+training has seen nothing.
 """
 
 import argparse
@@ -47,12 +48,13 @@ def narrations(world: Path, uids: set[str], named: dict[str, str]) -> list[tuple
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--workspace", type=Path, required=True, help="of a finished demo")
+    arguments.add_argument("--run", default="demo", help="its name in the workspace")
     arguments.add_argument("--folder", type=Path, required=True)
     arguments.add_argument("--queries", type=int, default=100)
     given = arguments.parse_args()
     world, folder = given.workspace / "world", given.folder
     report = ProgressReport(Console())
-    export(RunDir((given.workspace / "runs" / "demo").resolve()), folder / "model", None, report)
+    export(RunDir((given.workspace / "runs" / given.run).resolve()), folder / "model", None, report)
     table = folder / "clips.parquet"
     embed(folder / "model", world / "videos", table, CLIP_S, 16, "cpu", report, STRIDE_S)
 

@@ -1,9 +1,9 @@
-"""A whole tiny run tracked by the team's server: `python -m tests.soak.tracking_server --folder SCRATCH`.
+"""A whole run tracked by the team's server: `python -m tests.soak.tracking_server --folder SCRATCH [--demo]`.
 
-Postgres, an S3-compatible store in memory and MLflow with a password are started, two stages are trained with
-`tracking.uri` pointing there, weights go into the store; then runs, points, logged models, versions, aliases and
-lineage are looked at, the server is stopped, and no process of it may be left. Needs the extras server and dev, and
-Postgres. As root, SCRATCH must be a folder that the user postgres can enter.
+Postgres, an S3-compatible store in memory and MLflow with a password are started, two tiny stages, or `svitt demo` as
+it is, are trained with `tracking.uri` pointing there, weights go into the store; then runs, points, logged models,
+versions, aliases and lineage are looked at, the server is stopped, and no process of it may be left. Needs the extras
+server and dev, and Postgres. As root, SCRATCH must be a folder that the user postgres can enter.
 """
 
 import argparse
@@ -24,15 +24,9 @@ from infra.journal import metric_history
 from infra.mlflow_server import Settings, start, stop
 from jobs.champion import CHAMPION, LATEST_STAGE, VERDICT
 from jobs.tracking import fact_name
-from tests.jobs.whole_runs import WholeRun, is_alive, prepare_tiny
+from tests.jobs.whole_runs import TINY, WholeRun, is_alive
 
-STEPS = 8
-OVERRIDES = (
-    f"stages.0.num_steps={STEPS}",
-    f"stages.1.num_steps={STEPS}",
-    "checkpoint.every_steps=4",
-    "tracking.upload_weights=true",
-)
+TINY_STEPS = (*TINY, "stages.0.num_steps=8", "stages.1.num_steps=8", "checkpoint.every_steps=4")
 
 
 def free_port() -> int:
@@ -59,7 +53,8 @@ def look(job: WholeRun, client: MlflowClient) -> None:
         require(points == expected, f"stage {number}: {run.info.status}, all {len(points)} losses once")
         models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
         steps = sorted(int(model.tags["step"]) for model in models)
-        require(steps == [STEPS // 2, STEPS], f"stage {number}: logged models of steps {steps}")
+        wanted = [job.run.recipe().stages[number - 1].num_steps]
+        require(steps[-1:] == wanted, f"stage {number}: logged models of steps {steps}")
         newest = max(models, key=lambda model: int(model.tags["step"]))
         names = sorted(metric.key for metric in newest.metrics or ())
         require("eval/egomcq/intra_video_acc" in names, f"stage {number}: {len(names)} scores linked")
@@ -77,7 +72,9 @@ def look(job: WholeRun, client: MlflowClient) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("--demo", action="store_true", help="the demo whole, in place of two tiny stages")
+    given = parser.parse_args()
+    folder: Path = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(folder / "server", free_port(), None)
     began_s = time.monotonic()
@@ -92,13 +89,12 @@ def main() -> int:
         "MLFLOW_TRACKING_PASSWORD": settings.password_file.read_text().strip(),
     }
     os.environ |= access
-    job = WholeRun(folder, "tracked", (*OVERRIDES, f"tracking.uri={server.uri}"), environment=access)
+    tracked = (f"tracking.uri={server.uri}", "tracking.upload_weights=true")
+    job = WholeRun(folder, "demo", tracked, () if given.demo else TINY_STEPS, access)
     try:
-        if not (folder / "shards").exists():
-            prepare_tiny(folder)
         began_s = time.monotonic()
-        job.start()
-        code = job.wait(900)
+        job.start("demo")
+        code = job.wait(1800)
         if code != 0:
             raise SystemExit(job.tails())
         print(f"the run ended after {time.monotonic() - began_s:.0f} s", flush=True)
