@@ -13,7 +13,7 @@ demo: $(VENV)/.runtime
 	@$(BIN)/svitt demo --workspace $(WORKSPACE)
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Whole runs that are killed, stopped and cut off; about half an hour.
 test-faults: $(VENV)/.dev

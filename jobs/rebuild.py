@@ -14,6 +14,7 @@ from infra.mlflow_forwarder import JournalCopy
 from infra.mlflow_tracker import TrackingError, brief
 from jobs.progress import ProgressReport
 from jobs.run_dir import RunDir
+from jobs.summary import unsent_name
 from jobs.tracking import TrackedRuns, card_name, end_name, open_mlflow, tracking_uri
 
 
@@ -45,7 +46,10 @@ def rebuild_run(run: RunDir, uri: str | None = None) -> int:
     for number in numbers:
         try:
             tracked.open(number)
-            JournalCopy(run.journal(number), partial(tracked.open, number)).send()
+            copy = JournalCopy(run.journal(number), partial(tracked.open, number))
+            copy.send()
+            if not is_other:
+                ledger.record_run(**{unsent_name(number): copy.left()[0]})
         except TrackingError:
             raise
         except Exception as error:  # MLflow raises what its transport does

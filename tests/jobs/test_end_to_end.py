@@ -3,24 +3,18 @@
 One run of about a minute on two free cores; the tests look at what it left behind.
 """
 
-import contextlib
 import json
-import os
 import subprocess
-import sys
-import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from mlflow.tracking import MlflowClient
-from whole_runs import TINY
+from whole_runs import TINY, WholeRun
 
 from infra.journal import Record, read_journal
-from infra.ledger import Ledger, RunState
+from infra.ledger import RunState
 from infra.mlflow_tracker import sqlite_uri
 from jobs.drift import find_drift
 from jobs.follow import latest
@@ -34,13 +28,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 FIRST_STEPS, SECOND_STEPS, SAVE_EVERY = 8, 60, 6
 OVERRIDES = (
-    *TINY,
     f"stages.0.num_steps={FIRST_STEPS}",
     f"stages.1.num_steps={SECOND_STEPS}",
     f"checkpoint.every_steps={SAVE_EVERY}",
 )
-# Generous: a busy machine takes several times as long as a free one.
-FIRST_DEADLINE_S, SECOND_DEADLINE_S = 480.0, 360.0
 
 
 @dataclass(frozen=True)
@@ -59,115 +50,38 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    workspace = tmp_path_factory.mktemp("whole") / "demo"
-    run = RunDir(workspace / "runs" / "demo")
-    mark = f"whole-job-{uuid.uuid4().hex}"
-    first, second = workspace.with_name("first.log"), workspace.with_name("second.log")
+    job = WholeRun(tmp_path_factory.mktemp("whole") / "demo", "demo", OVERRIDES)
     try:
-        process = start(workspace, mark, first)
-        wait_for_the_middle_of_stage_2(process, run, first)
-        kill_tree(process, mark)
-        killed, files_before = Ledger(run.ledger_file).read(), data_files(workspace)
-        process = start(workspace, mark, second)
-        try:
-            exit_code = process.wait(SECOND_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the second run did not end in {SECOND_DEADLINE_S:.0f} s\n{tails(run, second)}")
+        job.start("demo")
+        job.wait_until(lambda: in_the_middle_of_stage_2(job))
+        job.kill_everything()
+        killed, files_before = job.state, data_files(job.workspace)
+        job.start("demo")
+        exit_code = job.wait()
     finally:
-        kill_tree(process, mark)
-    assert exit_code == 0, tails(run, second)
-    ended = Ledger(run.ledger_file).read()
+        job.kill_everything()
+    assert exit_code == 0, job.tails()
+    files_after = data_files(job.workspace)
     return Story(
-        workspace,
-        run,
-        second.read_text(),
-        exit_code,
-        files_before,
-        data_files(workspace),
-        killed,
-        ended,
+        job.workspace, job.run, job.log.read_text(), exit_code, files_before, files_after, killed, job.state
     )
 
 
-def start(workspace: Path, mark: str, log: Path) -> subprocess.Popen[bytes]:
-    """`svitt demo` in a process of its own; everything below it inherits the mark."""
-    sets = [part for override in OVERRIDES for part in ("--set", override)]
-    command = [sys.executable, "-m", "jobs", "demo", "--workspace", str(workspace), *sets]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SVITT_TEST_MARK": mark, "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-
-
-def wait_for_the_middle_of_stage_2(process: subprocess.Popen[bytes], run: RunDir, log: Path) -> None:
-    """Returns when stage 2 has saved, MLflow has its run, and steps have been done since the newest save."""
-    deadline_s = time.monotonic() + FIRST_DEADLINE_S
-    while True:
-        state = Ledger(run.ledger_file).read()
-        saved = state.stage(2).facts.get("step", 0)
-        newest = latest(run, 2, "train/loss") if saved else None
-        # On a very fast machine stage 2 would be over before MLflow knows it; that part is then not seen.
-        is_known = fact_name(2) in state.facts or saved >= SECOND_STEPS - 2 * SAVE_EVERY
-        if is_known and newest is not None and newest.step >= saved + 2:
-            return
-        if process.poll() is not None or state.stage(2).status in ("trained", "done", "failed"):
-            pytest.fail(
-                f"there was no middle of stage 2 to kill: it is {state.stage(2).status}, the process "
-                f"{process.poll()}\n{tails(run, log)}"
-            )
-        if time.monotonic() > deadline_s:
-            pytest.fail(f"no checkpoint of stage 2 in {FIRST_DEADLINE_S:.0f} s\n{tails(run, log)}")
-        time.sleep(0.02)
-
-
-def kill_tree(process: subprocess.Popen[bytes], mark: str) -> None:
-    """SIGKILL to the process, all its descendants, and all that carry the mark, until none is left."""
-    victims: set[psutil.Process] = set()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
-        victims |= {root, *root.children(recursive=True)}
-    deadline_s = time.monotonic() + 30
-    while victims := {victim for victim in victims | marked(mark) if is_alive(victim)}:
-        for victim in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
-        process.poll()
-        assert time.monotonic() < deadline_s, f"could not be killed: {victims}"
-        time.sleep(0.05)
-    process.wait(10)
-
-
-def marked(mark: str) -> set[psutil.Process]:
-    found = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("SVITT_TEST_MARK") == mark:
-                found.add(process)
-    return found
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def in_the_middle_of_stage_2(job: WholeRun) -> bool:
+    """Whether stage 2 has saved, MLflow has its run, and steps have been done since the newest save."""
+    stage, facts = job.state.stage(2), job.state.facts
+    saved = stage.facts.get("step", 0)
+    # On a very fast machine stage 2 would be over before MLflow knows it; that part is then not seen.
+    is_known = fact_name(2) in facts or saved >= SECOND_STEPS - 2 * SAVE_EVERY
+    assert stage.status not in ("trained", "done", "failed"), f"no middle of stage 2 to kill\n{job.tails()}"
+    newest = latest(job.run, 2, "train/loss") if saved else None
+    return is_known and newest is not None and newest.step >= saved + 2
 
 
 def data_files(workspace: Path) -> dict[str, tuple[int, int]]:
     """Inode and modification time of every video and every file of the shards."""
     paths = [*(workspace / "world" / "videos").glob("*.mp4"), *(workspace / "shards").rglob("*.tar")]
     return {str(path.relative_to(workspace)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
-
-
-def tails(run: RunDir, *logs: Path, num_lines: int = 25) -> str:
-    """The last lines of the given logs and of all logs of the run, for failure messages."""
-    paths = [*logs, run.ledger_file, *sorted(run.path.glob("stage-*/logs/*.log"))]
-    lines = []
-    for path in paths:
-        if path.is_file():
-            lines += [f"== {path}", *path.read_text(errors="replace").splitlines()[-num_lines:]]
-    return "\n".join(lines)
 
 
 def loss_of(record: Record) -> float:
@@ -265,7 +179,7 @@ def test_tar_reads_the_shards_and_their_counts_agree_with_the_manifest(story: St
 
 
 def test_the_run_directory_holds_the_recipe_it_was_started_with(story: Story) -> None:
-    given = resolve_paths(load_recipe("demo", OVERRIDES), story.workspace)
+    given = resolve_paths(load_recipe("demo", (*TINY, *OVERRIDES)), story.workspace)
     assert find_drift(story.run.recipe(), given, story.ended) == []
 
 

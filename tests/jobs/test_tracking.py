@@ -116,8 +116,12 @@ def test_a_server_that_was_away_to_the_end_is_completed_by_a_rebuild(
     with monkeypatch.context() as away:
         away.setattr("infra.mlflow_forwarder.JournalCopy.send", lambda self: None)
         play(run, Clock())
-    assert num_unsent(Ledger(run.ledger_file).read()) > 0
+    missing = num_unsent(Ledger(run.ledger_file).read())
+    assert missing > 0
+    rebuild_run(run, sqlite_uri(tmp_path / "other.db"))
+    assert num_unsent(Ledger(run.ledger_file).read()) == missing, "the run's own MLflow still lacks them"
     rebuild_run(run)
+    assert num_unsent(Ledger(run.ledger_file).read()) == 0
     dump = dump_runs(tracking_uri(run.recipe()))
     losses = [(step, value) for step, _, value in dump["small / 1 short"]["history"]["train/loss"]]
     assert losses == metric_history(run.journal(1), "train/loss")

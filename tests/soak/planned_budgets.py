@@ -28,7 +28,7 @@ BUDGETS = (
     (work("tiny", 16, 32, 2), 60 * MIB),
     (work("small", 4, 32, 1), 1400 * MIB),
     (work("small", 8, 16, 2), 900 * MIB),
-    (work("base", 16, 32, 1), 3 * GIB),
+    (work("base", 16, 32, 1), 2900 * MIB),
 )
 
 
