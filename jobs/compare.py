@@ -145,9 +145,9 @@ def _number(value: float | None, form: str) -> str:
 
 def _table(runs: Sequence[RunFacts], rows: Sequence[Row]) -> Table:
     table = Table(title="comparison", title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")  # folded, not cut: what differs must be readable at any width
     for facts in runs:
-        table.add_column(facts.name, justify="right")
+        table.add_column(facts.name, justify="right", overflow="fold")
     group = ""
     for row in rows:
         if row.group != group and group:

@@ -1,11 +1,13 @@
 """Runs side by side: what differs, scores held against the first run, cost; as table, CSV and page."""
 
 import csv
+import io
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from small_runs import SCORES, finish_stage, report_training, small_run
 
 from infra.config_io import ConfigError, dump_yaml
@@ -113,6 +115,13 @@ def test_table_csv_and_page_hold_the_same(runs: list[RunDir], tmp_path: Path, re
     tags.feed(page)
     assert (tags.open, tags.fetched) == ([], [])
     assert "stages.1.keep_rate" in page
+
+
+def test_nothing_is_cut_off_in_a_narrow_terminal(runs: list[RunDir]) -> None:
+    output = io.StringIO()
+    report = ProgressReport(Console(file=output, width=50, force_terminal=False))
+    compare([run.path for run in runs], report)
+    assert "…" not in output.getvalue()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, report_lines: Report) -> None:
