@@ -1,3 +1,4 @@
+import os
 from fractions import Fraction
 
 import av
@@ -30,6 +31,7 @@ def test_every_frame_of_every_codec_is_found_by_its_time(tmp_path, codec):
 
 def test_av1_frames_are_those_of_a_plain_decode(tmp_path):
     path = write_video(tmp_path / "v.mp4", num_frames=40, codec="libsvtav1")
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the tests that follow run as ever"
     with av.open(str(path)) as container:
         plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     timeline = resolve_timeline(tmp_path, "v", "raw")

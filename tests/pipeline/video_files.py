@@ -1,5 +1,6 @@
 """Tiny videos for tests: every frame carries its number as a barcode of 16 wide bars."""
 
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -54,6 +55,7 @@ def write_video(
     """Frames first_number, first_number + 1, ... at i / fps, or at `times` (variable frame rate)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps)
+    scheduling = os.sched_getscheduler(0), os.sched_getparam(0)
     with av.open(
         str(path), "w", format=file_format or ("webm" if path.suffix == ".webm" else "mp4")
     ) as container:
@@ -73,4 +75,6 @@ def write_video(
             frame.pts = int(times[position] / time_base) if times is not None else position
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    # Where it may, as root, SVT-AV1 gives the thread that starts it real-time priority, and leaves it so.
+    os.sched_setscheduler(0, *scheduling)
     return path
