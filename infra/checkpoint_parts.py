@@ -26,7 +26,7 @@ from infra.checkpoint_files import (
     parse_json,
     sha256_of,
 )
-from infra.durable import flush, write_durably
+from infra.durable import flush
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,13 @@ def _receipt_of(folder: Path, rank: int) -> Path:
 
 
 def _write_receipt(folder: Path, rank: int, content: Mapping[str, Any]) -> None:
-    write_durably(_receipt_of(folder, rank), json.dumps(content) + "\n")
+    """Whole or absent, and the last that a rank does here: as soon as it is seen, rank 0 may publish and remove the
+    folder. It need not outlive a loss of power, which ends the save with it.
+    """
+    receipt = _receipt_of(folder, rank)
+    unfinished = receipt.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.rename(unfinished, receipt)
 
 
 def _read_receipt(folder: Path, rank: int) -> dict[str, FileFacts]:

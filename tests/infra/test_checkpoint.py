@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -272,6 +273,28 @@ def test_two_ranks_write_into_one_checkpoint(tmp_path: Path) -> None:
         "engine/rank1.pt",
         "manifest.json",
     ]
+    assert names_in(tmp_path) == ["step-00000003"]
+
+
+def test_a_rank_that_is_slow_after_its_receipt_does_not_miss_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 publishes and removes the folder as soon as it has seen the receipts, however far the others have come."""
+
+    def slowly(move: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def moved(source: Path, target: Path) -> None:
+            move(source, target)
+            end_s = time.monotonic() + 10
+            while Path(target).name == "rank-00001.json" and Path(target).parent.exists():
+                assert time.monotonic() < end_s, "rank 0 has not published"
+                time.sleep(0.005)
+
+        return moved
+
+    monkeypatch.setattr(os, "rename", slowly(os.rename))
+    monkeypatch.setattr(os, "replace", slowly(os.replace))
+    ranks = TwoRanks(tmp_path)
+    assert ranks.save(3, [lambda d: (d / "a").touch(), lambda d: (d / "b").touch()]) == [None, None]
     assert names_in(tmp_path) == ["step-00000003"]
 
 

@@ -19,7 +19,8 @@ prepare_process()  # MLflow's own retries would go on for minutes
 
 
 def num_stored(database: Path) -> int:
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+    # Not read-only: whoever opens it after a kill in mid-transaction has to roll that back.
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as connection:
         return connection.execute("SELECT COUNT(*) FROM metrics").fetchone()[0]
 
 
