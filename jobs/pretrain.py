@@ -215,16 +215,20 @@ def end_kind(error: Exception) -> EndKind:
 
 
 def stage_params(context: StageContext) -> dict[str, Any]:
-    """What tells this stage from others, for the tracker: its settings, its ranks, the size of its model."""
+    """What tells this stage from others, for the tracker: its settings, its ranks, the size of its model. The random
+    blocks of a patch are "all" where attention is dense.
+    """
     model = context.model_config()
+    video = model.video
     return {
         **context.stage.model_dump(mode="json", exclude_none=True),
         "seed": context.recipe.seed,
         "world_size": context.ranks.world_size,
         "zero_stage": context.recipe.engine.zero_stage,
+        "num_random_blocks": "all" if video.num_random_blocks is None else video.num_random_blocks,
         "num_parameters": model.num_parameters(),
-        "tokens_in": model.video.tokens_by_layer()[0],
-        "tokens_out": model.video.tokens_by_layer()[-1],
+        "tokens_in": video.tokens_by_layer()[0],
+        "tokens_out": video.tokens_by_layer()[-1],
     }
 
 

@@ -160,8 +160,9 @@ def test_mlflow_holds_the_same_runs_and_every_point_once(story: Story) -> None:
     for number, num_steps in ((1, FIRST_STEPS), (2, SECOND_STEPS)):
         losses = client.get_metric_history(ids[number], "train/loss")
         assert sorted(point.step for point in losses) == list(range(1, num_steps + 1))
-        children = client.get_run(ids[number]).data.tags
-        assert children["mlflow.parentRunId"] == ids[0]
+        stage = client.get_run(ids[number]).data
+        assert stage.tags["mlflow.parentRunId"] == ids[0]
+        assert stage.params["num_random_blocks"] == "2"
 
 
 def test_tar_reads_the_shards_and_their_counts_agree_with_the_manifest(story: Story) -> None:
