@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from jobs.encoder import HeldOutClips
 from jobs.evaluate import EvaluationError
 from model.multi_instance import MultiInstanceScore, multi_instance_score, relevancy
 from pipeline.epic_retrieval import RetrievalSet, read_epic_retrieval
+from pipeline.storage import StoragePath
 
 TEXT_TO_VIDEO, VIDEO_TO_TEXT = "eval/epic_mir/text_to_video", "eval/epic_mir/video_to_text"
 MEAN, NUM_UNREADABLE = "eval/epic_mir/mean", "eval/epic_mir/num_unreadable"
@@ -40,7 +40,7 @@ class MirEvaluation:
         return flat | {NUM_UNREADABLE: float(self.num_unreadable)}
 
 
-def read_benchmark(folder: Path) -> RetrievalSet:
+def read_benchmark(folder: StoragePath) -> RetrievalSet:
     """The test split in a folder of the official `retrieval_annotations`. Raises DataError as the reader does."""
     return read_epic_retrieval(folder / CLIPS_FILE, folder / CAPTIONS_FILE)
 

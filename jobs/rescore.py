@@ -1,5 +1,6 @@
 """The `evaluate` verb: scores a stage's newest checkpoint again, in this process, without a cluster."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from model.video_text_model import VideoTextModel
 from model.weights import load_for_num_frames
 from pipeline.epic_retrieval import RetrievalSet
 from pipeline.questions import read_questions
+from pipeline.storage import storage_path
 from pipeline.store import ClipStore
 
 
@@ -49,10 +51,10 @@ def rescore(run: RunDir, stage: int | None, report: ProgressReport, extras: Extr
     writes the answers to its folder.
 
     Raises ConfigError when there is no such stage, no checkpoint to score, the recipe names no EgoMCQ file, or the
-    sweep asked for is none.
+    sweep asked for is none; DataError and ShardError for files of `epic_mir` that cannot be used.
     """
     extras = extras or Extras()
-    benchmark = read_benchmark(Path(extras.epic_mir[1])) if extras.epic_mir is not None else None
+    benchmark = read_benchmark(storage_path(extras.epic_mir[1])) if extras.epic_mir is not None else None
     recipe = run.recipe()
     axes = parse_axes(extras.sweep)
     number, checkpoint = _newest_checkpoint(run, stage, len(recipe.stages))
@@ -64,13 +66,17 @@ def rescore(run: RunDir, stage: int | None, report: ProgressReport, extras: Extr
     context = StageContext(
         run, recipe, number, device, SingleRank(), open_tokenizer(recipe), Ledger(run.ledger_file)
     )
-    with open_store(recipe, "egomcq") as store:
+    with contextlib.ExitStack() as stores:
+        store = stores.enter_context(open_store(recipe, "egomcq"))
+        mir_store = None
+        if extras.epic_mir is not None:  # now: what is wrong with it is told before anything is scored
+            cache = (recipe.loader.cache_dir, recipe.loader.cache_gib)
+            mir_store = stores.enter_context(ClipStore(extras.epic_mir[0], *cache))
         points = sweep_points(context.model_config(), axes, store.num_frames) if axes else []
         scoring = _Scoring(context, checkpoint, store, report)
         metrics = scoring.scores(extras)
-        if extras.epic_mir is not None and benchmark is not None:
-            with ClipStore(extras.epic_mir[0], recipe.loader.cache_dir, recipe.loader.cache_gib) as mir_store:
-                metrics |= scoring.multi_instance(mir_store, benchmark)
+        if mir_store is not None and benchmark is not None:
+            metrics |= scoring.multi_instance(mir_store, benchmark)
         where = {"stage": number, "checkpoint": str(checkpoint.path)}
         report.say(json.dumps({**where, **metrics}))
         if points:

@@ -18,7 +18,7 @@ from jobs.ranks import SingleRank
 from jobs.rescore import Extras, rescore
 from jobs.run_dir import RunDir
 from model.video_text_model import VideoTextModel
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ShardError
 from pipeline.questions import McqQuestion, McqSet, questions_to_bytes
 from pipeline.store import ClipStore
 
@@ -140,6 +140,15 @@ def test_annotations_that_are_not_there_are_told_before_anything_is_scored(
     run = scorable_run(tmp_path)
     with pytest.raises(DataError, match=CLIPS_FILE):
         rescore(run, 2, report, Extras(epic_mir=(str(tmp_path), str(tmp_path))))
+    assert lines() == []
+
+
+def test_shards_that_are_not_there_are_told_before_anything_is_scored(tmp_path: Path, report_lines) -> None:
+    report, lines = report_lines
+    run = scorable_run(tmp_path)
+    write_annotations(tmp_path / "files")
+    with pytest.raises(ShardError, match="nowhere"):
+        rescore(run, 2, report, Extras(epic_mir=(str(tmp_path / "nowhere"), str(tmp_path / "files"))))
     assert lines() == []
 
 
