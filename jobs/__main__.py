@@ -422,7 +422,9 @@ def _bench_model(
         bool, tyro.conf.arg(help="4 frames and few samples: minutes instead of half an hour.")
     ] = False,
     frames: Annotated[
-        tuple[int, ...], tyro.conf.arg(help="Only these frame counts, and no fit of the growth.")
+        tuple[int, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="N", help="Only this frame count, and no fit of the growth; may be repeated."),
     ] = (),
     only: Annotated[
         tuple[str, ...],
@@ -505,7 +507,11 @@ def _bench_train(
     ] = None,
     micro_batch: Annotated[int | None, tyro.conf.arg(help="Clips encoded at once. Default: 8.")] = None,
     batches: Annotated[
-        tuple[int, ...], tyro.conf.arg(help="Clips of a step of batch. Default: 64 256 1024 4096.")
+        tuple[int, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(
+            metavar="N", help="Clips of a step of batch; may be repeated. Default: 64 256 1024 4096."
+        ),
     ] = (),
     pass_batch: Annotated[
         int | None, tyro.conf.arg(help="Clips of the step in one pass and in two. Default: 16.")
@@ -529,7 +535,7 @@ def _bench_train(
         int | None, tyro.conf.arg(help="Of overhead: which of the recipe's. Default: 1.")
     ] = None,
     steps: Annotated[
-        int | None, tyro.conf.arg(help="Of overhead. Default: four times checkpoint.every_steps.")
+        int | None, tyro.conf.arg(help="Of overhead. Default: ten times checkpoint.every_steps.")
     ] = None,
 ) -> int:
     """The step: contrastive batch against memory, engines, and what the pipeline costs around it."""

@@ -113,8 +113,8 @@ def bench_model(plan: Plan, num_threads: int, record_file: Path, report: Progres
     growth += _growth(plan, rows, num_threads, report)
     write_record()
     for level in ("layer", "encoder"):
-        shown = table(level, [row for row in rows if row.level == level], max(rates), plan.setup)
-        print_table(report.console, shown)
+        if of_level := [row for row in rows if row.level == level]:
+            print_table(report.console, table(level, of_level, max(rates), plan.setup))
     for fit in growth:
         report.say(
             f"{fit.level} {fit.name}, {fit.frames[0]} to {fit.frames[-1]} frames: time grows with "

@@ -43,7 +43,7 @@ Answers = Sequence[dict[str, Any]]  # of the ranks
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
     """What to measure. `limit_s` is for one case: a longer one is left out and said. `steps` of the overhead's stage
-    are a multiple of its `checkpoint.every_steps`; None: four times that.
+    are a multiple of its `checkpoint.every_steps`; None: ten times that.
     """
 
     parts: tuple[Part, ...] = PARTS
@@ -196,7 +196,7 @@ def _check_overhead(plan: TrainPlan, recipe: Recipe | None) -> None:
 
 
 def _num_steps(plan: TrainPlan, recipe: Recipe) -> int:
-    return 4 * recipe.checkpoint.every_steps if plan.steps is None else plan.steps
+    return 10 * recipe.checkpoint.every_steps if plan.steps is None else plan.steps
 
 
 def _bench_batches(plan: TrainPlan, num_threads: int, report: ProgressReport, keep: Keep) -> None:
@@ -322,15 +322,16 @@ def engine_rows(samples: Mapping[str, Sequence[Answers]], batch_size: int) -> li
 
 def _bench_overhead(plan: TrainPlan, recipe: Recipe, report: ProgressReport, keep: Keep) -> None:
     staged = one_stage(recipe, plan.stage, _num_steps(plan, recipe))
-    report.say(f"measuring stage {plan.stage} of {recipe.name}, in the pipeline and bare, in turn")
+    report.say(f"measuring stage {plan.stage} of {recipe.name}, in the pipeline and in two loops, in turn")
 
     def kept(overhead: Overhead) -> None:
         keep(
             "overhead",
             {**asdict(overhead), "recipe": staged.model_dump(mode="json", exclude={"data", "workspace"})},
         )
-        run, bare = overhead.runs[-1], overhead.bare[-1]
-        report.say(f"round {len(overhead.runs)}: {run.step_ms:.2f} ms a step, bare {bare.step_ms:.2f}")
+        report.say(
+            f"round {len(overhead.rounds)}: {overhead.over_bare.of_medians:.3f} times the bare steps so far"
+        )
 
     for line in overhead_lines(measure_overhead(staged, plan.rounds, plan.limit_s, kept)):
         report.say(line)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +72,53 @@ class Shape:
         return ModelConfig.named(self.size).replaced(video={"num_frames": self.num_frames})
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """The running ranks of a measurement."""
+
+    title: str
+    folder: Path
+    ranks: "tuple[subprocess.Popen[bytes], ...]"
+
+    def check(self) -> bool:
+        """Whether any still runs. Raises BenchError with the last words of one that failed."""
+        for number, rank in enumerate(self.ranks):
+            if rank.poll():
+                words = (self.folder / f"rank-{number}.log").read_text(errors="replace")[-2000:]
+                raise BenchError(
+                    f"measuring {self.title}: rank {number} ended with {rank.returncode} (-9: out of memory):\n{words}"
+                )
+        return any(rank.poll() is None for rank in self.ranks)
+
+    def answers(self) -> list[Any]:
+        """Of all ranks, once none runs."""
+        return [
+            json.loads((self.folder / f"rank-{number}.json").read_text()) for number in range(len(self.ranks))
+        ]
+
+
+@contextlib.contextmanager
+def start(
+    measure: str, arguments: dict[str, Any], num_ranks: int, threads_per_rank: int
+) -> Iterator[Measuring]:
+    """Starts the ranks of a measurement; they end with the block."""
+    with tempfile.TemporaryDirectory(prefix="svitt-bench-") as name, contextlib.ExitStack() as stack:
+        request = {"measure": measure, "arguments": arguments, "folder": name, "threads": threads_per_rank}
+        ranks = tuple(stack.enter_context(_rank(request, rank, num_ranks)) for rank in range(num_ranks))
+        yield Measuring(f"{measure} {arguments}", Path(name), ranks)
+
+
 def ask(
     measure: str, arguments: dict[str, Any], num_ranks: int, threads_per_rank: int, limit_s: float
 ) -> list[Any]:
     """Answers of all ranks. Raises TimeLimitError, and BenchError with a failed rank's last words."""
-    with tempfile.TemporaryDirectory(prefix="svitt-bench-") as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        request = {"measure": measure, "arguments": arguments, "folder": name, "threads": threads_per_rank}
-        ranks = [stack.enter_context(_rank(request, rank, num_ranks)) for rank in range(num_ranks)]
+    with start(measure, arguments, num_ranks, threads_per_rank) as measuring:
         deadline_s = time.monotonic() + limit_s
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks):
-                break
+        while measuring.check():
             if time.monotonic() > deadline_s:
-                raise TimeLimitError(f"measuring {measure} {arguments} took longer than {limit_s:.0f} s")
+                raise TimeLimitError(f"measuring {measuring.title} took longer than {limit_s:.0f} s")
             time.sleep(0.05)
-        for number, rank in enumerate(ranks):
-            if rank.poll():
-                words = (folder / f"rank-{number}.log").read_text(errors="replace")[-2000:]
-                raise BenchError(
-                    f"measuring {measure} {arguments}: rank {number} ended with {rank.returncode} "
-                    f"(-9: out of memory):\n{words}"
-                )
-        return [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(num_ranks)]
+        return measuring.answers()
 
 
 @contextlib.contextmanager
@@ -187,34 +211,44 @@ def measure_engine(
     return _measured(step, case, batch, num_steps, budget, update_on)
 
 
-def measure_bare(
-    rank: int, num_ranks: int, run_dir: str, first_step: int, num_steps: int
-) -> dict[str, float]:
-    """Wall and CPU seconds of the steps from `first_step` to `num_steps` of a stage without anything around them.
+def run_loop(rank: int, num_ranks: int, run_dir: str, steps_dir: str, is_reading: bool) -> None:
+    """Steps of a stage without anything around them, until ended; their times go to a file: see `step_times`.
 
-    Model, engine and step are built as the stage builds them, from its run directory; batches are the first ones
-    of its loader, read beforehand.
+    Model, engine, step and batches are as the stage has them, from its run directory; unless `is_reading`, the first
+    batches are read beforehand and shown in turn.
     """
-    # Beside other work on the machine, the scheduler would else treat the two unlike.
+    # Beside other work on the machine, the scheduler would else treat loop and stage unlike.
     os.nice(_RAY_NICENESS)
     place = {"rank": rank, "local_rank": rank, "use_gpu": False}
     context = build_context({"run_dir": run_dir, "stage": 1, "attempt": 0, **place})
     engine, _ = build_or_restore(context, CheckpointStore(context.run.checkpoints(1), rank=rank))
     with open_store(context.recipe, "train") as store:
         pace = pace_of(context, len(store))
-        batches = build_loader(context, store).batches_from(0)
-        found = [batch for _, batch in islice(batches, _BARE_BATCHES) if isinstance(batch, Batch)]
-        batches.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator, which ends its thread
-    seed = derive_seed(context.recipe.seed, "step", 1)
-    step = TrainStep(engine, seed, context.ranks, pace.learning_rate_at, micro_batch_size_of(context))
-    began_s, cpu_s = 0.0, 0.0
-    for number in range(num_steps):
-        if number == first_step:
-            context.ranks.barrier()
-            began_s, cpu_s = time.perf_counter(), time.process_time()
-        step(number, found[number % len(found)])
-    context.ranks.barrier()
-    return {"wall_s": time.perf_counter() - began_s, "cpu_s": time.process_time() - cpu_s}
+        seed = derive_seed(context.recipe.seed, "step", 1)
+        step = TrainStep(engine, seed, context.ranks, pace.learning_rate_at, micro_batch_size_of(context))
+        reader = build_loader(context, store).batches_from(0)
+        batches = (batch for _, batch in reader if isinstance(batch, Batch))
+        if not is_reading:
+            batches = cycle(list(islice(batches, _BARE_BATCHES)))
+            reader.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator, which ends its thread
+        with (Path(steps_dir) / f"rank-{rank}.steps").open("w", buffering=1) as file:
+            for number, batch in enumerate(batches):
+                step(number, batch)
+                file.write(f"{time.time()} {time.process_time()}\n")
+
+
+def step_times(steps_dir: Path, num_ranks: int | None = None) -> list[list[tuple[float, float]]]:
+    """When each step of a loop ended, in seconds since 1970, and the processor seconds of its process until then, rank
+    by rank. `num_ranks` holds a place for those that have not begun.
+    """
+    found = len(list(steps_dir.glob("rank-*.steps"))) if num_ranks is None else num_ranks
+    ranks = []
+    for rank in range(found):
+        file = steps_dir / f"rank-{rank}.steps"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        whole = [line.split() for line in lines if line.endswith("\n")]
+        ranks.append([(float(time_s), float(cpu_s)) for time_s, cpu_s in whole])
+    return ranks
 
 
 def _step(case: Shape, config: EngineConfig, ranks: Ranks) -> TrainStep:
@@ -267,7 +301,7 @@ _MEASURES = {
     "batch": measure_batch,
     "passes": measure_passes,
     "engine": measure_engine,
-    "bare": measure_bare,
+    "loop": run_loop,
 }
 
 
@@ -278,7 +312,7 @@ def main() -> None:
     prepare_process()
     # As the worker of a training stage.
     prepare_worker(request["threads"])
-    is_distributed = request["measure"] in ("engine", "bare")
+    is_distributed = request["measure"] in ("engine", "loop")
     if is_distributed:
         dist.init_process_group(
             "gloo",

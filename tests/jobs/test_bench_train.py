@@ -1,11 +1,14 @@
 """The arithmetic of `svitt bench train`, what it refuses, its processes at tiny sizes. No figure of speed is tested."""
 
 import json
-import os
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import psutil
 import pytest
 from video_files import write_video
 
@@ -14,18 +17,29 @@ from infra.journal import Journal, valid_records
 from infra.ledger import Ledger
 from jobs import bench_overhead, bench_train
 from jobs.bench_overhead import (
-    BareRun,
+    Loop,
+    LoopWindow,
     Overhead,
-    PipelineRun,
+    PipelineWindow,
+    Round,
     one_stage,
     overhead_lines,
-    pipeline_run,
-    run_bare,
+    pipeline_windows,
     run_pipeline,
+    running_loop,
 )
 from jobs.bench_record import BenchError, Ratio, Spread
 from jobs.bench_train import ENGINES, TrainPlan, batch_row, engine_rows, pass_rows, with_options
-from jobs.bench_train_worker import Shape, TimeLimitError, arguments_of, ask, measure_passes, random_batch
+from jobs.bench_train_worker import (
+    Shape,
+    TimeLimitError,
+    arguments_of,
+    ask,
+    measure_passes,
+    random_batch,
+    step_times,
+)
+from jobs.bench_turns import Turns, tree
 from jobs.prepare import run_prepare
 from jobs.prepare_work import serial_mapper
 from jobs.recipe import Recipe, load_recipe
@@ -67,8 +81,8 @@ def test_an_engine_is_as_slow_as_its_slower_rank_and_as_large_as_its_larger_one(
     assert zero.to_plain == Ratio(3.5 / 3.0, Spread(2, 1.5, 0.5, 2.5))
 
 
-def test_a_pipeline_run_counts_from_its_first_save_to_its_last(tmp_path):
-    times_ms = iter([5_000, 9_000, 9_500, 14_000, 15_500, 17_500, 18_500])
+def test_windows_lie_between_saves_and_leave_out_what_ran_while_others_did(tmp_path):
+    times_ms = iter([5_000, 9_000, 9_500, 14_000, 15_500, 17_500, 18_500, 20_000, 20_500])
     journal = Journal(tmp_path / "journal.jsonl", clock=lambda: next(times_ms) / 1000)
 
     def report(step: int, step_ms: float, wait_ms: float) -> None:
@@ -81,27 +95,96 @@ def test_a_pipeline_run_counts_from_its_first_save_to_its_last(tmp_path):
     report(40, 150.0, 30.0)
     report(50, 200.0, 10.0)
     journal.metrics(50, {"perf/save_s": 0.9})
+    report(60, 150.0, 50.0)
+    journal.metrics(60, {"perf/save_s": 0.3})
     journal.close()
-    run = pipeline_run(valid_records(journal.path), began_s=2.0, cpu_s={0: 1.0, 20: 10.0, 50: 25.0})
-    # 9 s for 30 steps; of it 8 s in steps, 0.9 s waiting among them, 0.9 s saving, 0.1 s elsewhere.
-    assert (run.num_steps, run.step_ms, run.cpu_ms, run.start_s) == (30, 300.0, 500.0, 3.0)
-    assert (run.busy_ms, run.wait_ms, run.save_ms) == pytest.approx((7100 / 30, 30.0, 30.0))
-    assert run.rest_ms == pytest.approx(100 / 30)
-    with pytest.raises(BenchError, match=r"could not be read at steps 20 and 50.*more --steps"):
-        pipeline_run(valid_records(journal.path), began_s=2.0, cpu_s={20: 10.0, 50: 3.0})  # ranks gone
+    # It ran all the time but for 3 of the 9 s between the first two saves and for 1 s that begins with the second save.
+    turns = Turns([], [(0.0, 10.0), (13.0, 18.5), (19.5, 30.0)])
+    records = valid_records(journal.path)
+    seen = {0: 1.0, 20: 10.0, 50: 25.0, 60: 27.0}
+    first, second = pipeline_windows(records, seen, turns, least_s=1.0)
+    # 9 s by the clock, 6 its own. Of the clock's: 8 s in steps, 0.9 waiting among them, 0.9 saving, 0.1 elsewhere.
+    assert (first.since_s, first.until_s, first.num_steps) == (9.5, 18.5, 30)
+    assert (first.step_ms, first.cpu_ms) == pytest.approx((200.0, 500.0))
+    assert (first.busy_ms, first.wait_ms, first.save_ms) == pytest.approx((7100 / 45, 20.0, 20.0))
+    assert first.rest_ms == pytest.approx(100 / 45)
+    assert (second.num_steps, second.step_ms, second.cpu_ms) == pytest.approx((10, 100.0, 200.0))
+    # 11 s by the clock, 7 its own; short windows are put together, and so are those without a time of their own.
+    for whole in (
+        pipeline_windows(records, seen, turns),
+        pipeline_windows(records, {**seen, 50: 10.0}, turns, least_s=1.0),
+    ):
+        assert [(w.since_s, w.until_s, w.num_steps) for w in whole] == [(9.5, 20.5, 40)]
+        assert (whole[0].step_ms, whole[0].cpu_ms, whole[0].save_ms) == pytest.approx(
+            (175.0, 425.0, 1200 * 7 / 440)
+        )
+    with pytest.raises(BenchError, match=r"saves of \[20, 50, 60\].*more --steps"):
+        pipeline_windows(records, {20: 10.0, 50: 3.0}, turns)  # the ranks were gone
 
 
-def test_the_overhead_is_said_by_round_and_split():
-    runs = (
-        PipelineRun(30, 300.0, 500.0, 240.0, 30.0, 20.0, 31.0),
-        PipelineRun(30, 330.0, 600.0, 310.0, 10.0, 0.0, 41.0),
+def _window(since_s: float, until_s: float) -> PipelineWindow:
+    return PipelineWindow(since_s, until_s, 10, 300.0, 500.0, 240.0, 30.0, 20.0)
+
+
+def test_the_steps_of_a_loop_count_by_the_time_in_which_it_ran(tmp_path):
+    ends_s = ((9.0, 1.0), (11.0, 2.0), (12.0, 3.0), (16.0, 4.5), (18.0, 5.0), (21.0, 6.0))
+    for rank, factor in enumerate((1.0, 2.0)):
+        lines = [f"{time_s} {factor * cpu_s}\n" for time_s, cpu_s in ends_s]
+        (tmp_path / f"rank-{rank}.steps").write_text(
+            "".join(lines) + "22.0 7."
+        )  # the last one is being written
+    loop = Loop(cast(Any, None), Turns([], [(8.0, 12.5), (15.5, 17.0), (17.5, 30.0)]), tmp_path)
+    # From 11 to 18, three steps: 1.5 + 1.5 + 0.5 s its own; 3 s of one rank's processor and 6 of the other's.
+    window = loop.window(_window(10.0, 20.0))
+    assert (window.num_steps, window.step_ms, window.cpu_ms) == pytest.approx((3, 3500 / 3, 3000.0))
+    with pytest.raises(BenchError, match=r"took 1 steps.*more --steps"):
+        loop.window(_window(17.0, 20.0))
+    assert step_times(tmp_path / "none", 2) == [[], []]
+
+
+def test_a_tree_of_processes_stands_still_while_it_is_not_its_turn():
+    grow = "import time\nwhile True:\n    print(1, flush=True)\n    time.sleep(0.01)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grow!r}])"
+    with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        turns = Turns([process.pid])
+        turns.halt()
+        assert turns.spans == []
+        states = {p.status() for p in tree(turns.roots)}
+        turns.go()
+        assert states == {psutil.STATUS_STOPPED}
+        for _ in range(10):
+            process.stdout.readline()
+        assert len(tree(turns.roots)) == 2
+        turns.halt()
+        ((since_s, until_s),) = turns.spans
+        assert turns.own_s(since_s - 5.0, until_s + 5.0) == until_s - since_s
+        assert turns.own_s(since_s, since_s + 0.01) == pytest.approx(0.01, abs=1e-4)
+        for child in reversed(tree(turns.roots)):
+            child.kill()
+
+
+def test_the_overhead_is_said_by_window_and_split():
+    first = PipelineWindow(0.0, 1.0, 30, 300.0, 500.0, 240.0, 30.0, 20.0)
+    second = PipelineWindow(1.0, 2.0, 30, 330.0, 600.0, 310.0, 10.0, 0.0)
+    reading = (LoopWindow(30, 290.0, 480.0), LoopWindow(30, 310.0, 520.0))
+    bare = (LoopWindow(30, 250.0, 400.0), LoopWindow(30, 300.0, 500.0))
+    rounds = [
+        Round((window,), (reads,), (shows,), start_s)
+        for window, reads, shows, start_s in zip((first, second), reading, bare, (31.0, 41.0), strict=True)
+    ]
+    overhead = Overhead.of(rounds)
+    assert overhead.over_bare == Ratio(315 / 275, Spread(2, 1.15, pytest.approx(1.1), pytest.approx(1.2)))
+    times, over_reading, over_bare, split, start = overhead_lines(overhead)
+    assert "315.0 [300.0, 330.0] ms in the pipeline" in times
+    assert "300.0 [290.0, 310.0] in a loop that reads the shards, 275.0 [250.0, 300.0] bare" in times
+    assert (
+        "reads: +5.0 % (+3.4 to +6.5 %, n 2), processor time +10.0 % (+4.2 to +15.4 %, n 2)" in over_reading
     )
-    overhead = Overhead.of(runs, (BareRun(250.0, 400.0), BareRun(300.0, 500.0)))
-    assert overhead.over == Ratio(315 / 275, Spread(2, 1.15, pytest.approx(1.1), pytest.approx(1.2)))
-    first, cpu, split, start = overhead_lines(overhead)
-    assert "315.0 [300.0, 330.0] ms in the pipeline, 275.0 [250.0, 300.0] ms bare: +14.5 %" in first
-    assert "by round +10.0 to +20.0 %, n 2" in first
-    assert "+22.2 % (by round +20.0 to +25.0 %, n 2)" in cpu
+    assert (
+        "bare steps: +14.5 % (+10.0 to +20.0 %, n 2), processor time +22.2 % (+20.0 to +25.0 %" in over_bare
+    )
     assert "the step itself takes longer 0.00 [-10.00, 10.00], waiting for data 20.00 [10.00, 30.00]" in split
     assert "saving 10.00 [0.00, 20.00], the rest 10.00 [10.00, 10.00]" in split
     assert "36.0 [31.0, 41.0] s" in start
@@ -195,14 +278,20 @@ def test_a_stage_alone_is_a_recipe_that_scores_nothing_and_starts_once():
     assert staged.engine == recipe.engine
 
 
+_Popen = subprocess.Popen
+
+
 class FakeSubmit:
-    """Stands for `svitt submit`: one more save every time it is looked at, then an exit code."""
+    """Stands for `svitt submit`: nothing yet, then one more save every time it is looked at, then an exit code."""
 
     commands: ClassVar[list[list[str]]] = []
 
     def __init__(self, command: list[str], stdout: Any, **_: Any) -> None:
         self.commands.append(command)
-        self.pid, self.returncode, self.saves = os.getpid(), None, iter((2, 4))
+        self.busy = _Popen([sys.executable, "-c", "while True: pass"])  # processor time to see
+        while not psutil.Process(self.busy.pid).cpu_times().user:
+            time.sleep(0.01)
+        self.pid, self.returncode, self.saves = self.busy.pid, None, iter((0, 2, 4))
         run = RunDir(Path(command[-1]))
         self.journal, self.ledger = Journal(run.journal(1)), Ledger(run.ledger_file)
         stdout.write(b"it failed")
@@ -213,17 +302,18 @@ class FakeSubmit:
             self.journal.close()
             self.returncode = len(self.commands) - 1
             return self.returncode
-        self.journal.metrics(step, {"perf/step_ms": 10.0, "perf/data_wait_ms": 1.0})
-        self.journal.metrics(step, {"perf/save_s": 0.5})
-        self.ledger.record_stage(1, "running", step=step)
-        sum(range(10**6))  # processor time to see
+        if step:
+            self.journal.metrics(step, {"perf/step_ms": 10.0, "perf/data_wait_ms": 1.0})
+            self.journal.metrics(step, {"perf/save_s": 0.5})
+            self.ledger.record_stage(1, "running", step=step)
         return None
 
     def kill(self) -> None:
         self.journal.close()
+        self.busy.kill()
 
     def wait(self) -> None:
-        return None
+        self.busy.wait()
 
 
 def _folder(path: Path) -> Path:
@@ -233,17 +323,19 @@ def _folder(path: Path) -> Path:
 
 def test_a_pipeline_run_is_svitt_submit_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_overhead.subprocess, "Popen", FakeSubmit)
-    recipe = one_stage(load_recipe("demo"), 1, 4)
-    run = run_pipeline(recipe, _folder(tmp_path / "first"), 60.0)
-    assert run.num_steps == 2
-    assert run.cpu_ms > 0
+    recipe, later_s = one_stage(load_recipe("demo"), 1, 4), time.monotonic() + 60
+    (window,), start_s = run_pipeline(recipe, _folder(tmp_path / "first"), (), later_s)
+    assert window.num_steps == 2
+    assert window.step_ms > 0
+    assert window.cpu_ms > 0
+    assert 0 < start_s < 60
     command = FakeSubmit.commands[0]
     assert command[2:5] == ["jobs", "submit", str(tmp_path / "first" / "recipe.yaml")]
     assert load_config(Recipe, tmp_path / "first" / "recipe.yaml") == recipe
     with pytest.raises(BenchError, match="svitt submit ended with 1:\nit failed"):
-        run_pipeline(recipe, _folder(tmp_path / "second"), 60.0)
-    with pytest.raises(TimeLimitError, match="did not end within 0 s; give fewer --steps"):
-        run_pipeline(recipe, _folder(tmp_path / "third"), 0.0)
+        run_pipeline(recipe, _folder(tmp_path / "second"), (), later_s)
+    with pytest.raises(TimeLimitError, match="did not end in time; give fewer --steps"):
+        run_pipeline(recipe, _folder(tmp_path / "third"), (), 0.0)
 
 
 def test_passes_are_taken_in_turn_and_the_first_of_each_is_not_counted():
@@ -291,7 +383,7 @@ def test_rows_of_two_ranks_are_different_clips_of_one_batch():
     assert not first.video_BTCHW.equal(second.video_BTCHW)
 
 
-def test_bare_steps_run_from_prepared_shards(report_lines, tmp_path):
+def test_loops_take_steps_from_prepared_shards_and_wait_for_their_turn(report_lines, tmp_path):
     write_video(tmp_path / "videos" / "a.mp4", num_frames=180)
     rows = [
         EgoClipRow(k, "a", 6.0, "narration_pass_1", k, k + 0.5, float(k), k + 1.0, "#C C waits", (k,), (k,))
@@ -313,6 +405,18 @@ def test_bare_steps_run_from_prepared_shards(report_lines, tmp_path):
     )
     data, report = recipe.data, report_lines[0]
     run_prepare(data.egoclip, None, data.videos, None, data.shards, recipe.prepare, serial_mapper, report)
-    bare = run_bare(one_stage(recipe, 1, 3), tmp_path, 300.0)
-    assert min(bare.step_ms, bare.cpu_ms) > 0
-    assert not list((tmp_path / "run" / "stage-1" / "checkpoints").iterdir())
+    staged = one_stage(recipe, 1, 3)
+    for name in ("reading", "bare"):
+        with running_loop(staged, tmp_path / name, name == "reading", time.monotonic() + 300) as loop:
+            assert len(step_times(loop.steps_dir)[0]) >= 2
+            loop.turns.go()
+            while len(step_times(loop.steps_dir)[0]) < 6:  # more than the stage has
+                assert loop.measuring.check()
+                time.sleep(0.05)
+            loop.turns.halt()
+        assert not list((tmp_path / name / "stage-1" / "checkpoints").iterdir())
+    with (
+        pytest.raises(TimeLimitError, match=r"took no 2 steps in time"),
+        running_loop(staged, tmp_path / "late", False, 0.0),
+    ):
+        pass
