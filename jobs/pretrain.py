@@ -34,7 +34,7 @@ from jobs.left_out import LeftOutSteps
 from jobs.loss_spikes import SpikeWatch
 from jobs.memory_plan import Prediction, engine_memory, predict
 from jobs.memory_watch import MemoryWatch, batches_that_fit, open_budget
-from jobs.ranks import ProcessGroupRanks, Ranks
+from jobs.ranks import Ranks, ranks_of_group
 from jobs.recipe import Recipe, StageConfig, num_stage_steps
 from jobs.rehearsal import rehearsal_batch
 from jobs.retry_budget import Budgets, give_up_reason, spent
@@ -250,7 +250,7 @@ def build_context(config: dict[str, Any]) -> StageContext:
         compute_repeatably()
     log_to_file(run.log_file(number, attempt, config["rank"]))
     torch.manual_seed(derive_seed(recipe.seed, "initial weights"))
-    ranks, ledger = ProcessGroupRanks(device), Ledger(run.ledger_file)
+    ranks, ledger = ranks_of_group(device), Ledger(run.ledger_file)
     generation = ranks.gather(record_start(run, ledger, number, attempt) if ranks.rank == 0 else None)[0]
     budget, bytes_before = open_budget(device, recipe.cluster.device_memory)
     return StageContext(

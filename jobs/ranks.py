@@ -76,3 +76,8 @@ class ProcessGroupRanks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor, op=operation)
         return tensor.tolist()
+
+
+def ranks_of_group(device: torch.device) -> Ranks:
+    """The ranks of the process group; one alone is asked nothing, which would cost it a turn of gloo's threads."""
+    return ProcessGroupRanks(device) if dist.get_world_size() > 1 else SingleRank()
