@@ -20,6 +20,9 @@ _PACKAGES = ("torch", "ray", "deepspeed", "mlflow", "webdataset", "transformers"
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BYTES = 2**30
+# Of the processes of a training stage, from their start on: Ray Train trains in a thread, and memory of threads lies in
+# pieces of 64 MiB that glibc hands back to the kernel whatever `keep_freed_memory` says, unless there is but one arena.
+RANK_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -66,8 +69,9 @@ def compute_repeatably() -> None:
 def keep_freed_memory() -> bool:
     """Tell glibc to reuse freed memory instead of handing large blocks back to the kernel at every step.
 
-    A step allocates the same tensors again and again, and each return costs their page faults anew. Returns
-    False where the C library is another one, which then stays as it is.
+    A step allocates the same tensors again and again, and each return costs their page faults anew. In a thread other
+    than the first it needs `RANK_ENVIRONMENT` besides. Returns False where the C library is another one, which then
+    stays as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from infra.ledger import Ledger
 from infra.ray_jobs import ClusterError, Jobs
+from infra.runtime import RANK_ENVIRONMENT
 from jobs.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def submit_attempt(jobs: Jobs, run: RunDir, ledger: Ledger, number: int, address
     job_id = f"{run.run_id}-s{number}-a{attempt}"
     # Recorded first: who dies in between leaves an id unknown to Ray, and whoever follows goes on to the next.
     ledger.record_attempt(number, job_id)
-    jobs.submit_once(job_id, stage_command(run, number, attempt, address), metadata={"run": run.run_id})
+    command = stage_command(run, number, attempt, address)
+    jobs.submit_once(job_id, command, env_vars=RANK_ENVIRONMENT, metadata={"run": run.run_id})
     return job_id
 
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from infra import runtime
-from infra.runtime import compute_repeatably, environment, peak_rss_bytes, prepare_process, provenance
+from infra.runtime import (
+    RANK_ENVIRONMENT,
+    compute_repeatably,
+    environment,
+    peak_rss_bytes,
+    prepare_process,
+    provenance,
+)
 
 
 def test_defaults_are_set_and_the_users_values_kept() -> None:
@@ -65,24 +72,46 @@ def test_peak_memory_is_at_least_what_python_needs() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.parametrize("keeps", [False, True])
-def test_kept_memory_costs_its_page_faults_once(keeps: bool) -> None:
+@pytest.mark.parametrize(
+    ("where", "keeps", "variables"),
+    [
+        ("the first thread", False, {}),
+        ("the first thread", True, {}),
+        ("another thread", False, {}),
+        ("another thread", True, RANK_ENVIRONMENT),
+    ],
+)
+def test_kept_memory_costs_its_page_faults_once(where: str, keeps: bool, variables: dict[str, str]) -> None:
     # A process of its own, since the setting cannot be taken back. 64 MiB are 16,384 pages of 4 KiB, or 32 large ones.
+    # In another thread the setting alone does not do: it is made there both times.
     code = (
-        "import resource\n"
+        "import resource, threading\n"
         "from infra.runtime import keep_freed_memory\n"
-        f"assert not {keeps} or keep_freed_memory()\n"
+        f"is_set = {keeps or where == 'another thread'}\n"
         "def faults():\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "def use():\n"
         "    block = bytearray(64 << 20)\n"
         "    block[::4096] = bytes(len(block) // 4096)\n"
-        "use()\n"
-        "before = faults()\n"
-        "use()\n"
-        "print(faults() - before)\n"
+        "def measure():\n"
+        "    assert not is_set or keep_freed_memory()\n"
+        "    use()\n"
+        "    before = faults()\n"
+        "    use()\n"
+        "    print(faults() - before)\n"
+        f"if {where == 'another thread'}:\n"
+        "    thread = threading.Thread(target=measure)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "else:\n"
+        "    measure()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, **variables},
     )
     assert (int(done.stdout) < 16) is keeps

@@ -19,6 +19,7 @@ class FakeJobs:
     has_logs: bool = True
     submitted: list[str] = field(default_factory=list)
     commands: dict[str, list[str]] = field(default_factory=dict)
+    env_vars: dict[str, dict[str, str]] = field(default_factory=dict)
     waited: list[str] = field(default_factory=list)
 
     def find(self, submission_id: str) -> JobState | None:
@@ -35,6 +36,7 @@ class FakeJobs:
             return self.states[submission_id]
         self.submitted.append(submission_id)
         self.commands[submission_id] = list(entrypoint)
+        self.env_vars[submission_id] = dict(env_vars or {})
         self.states[submission_id] = state(submission_id, "PENDING")
         return replace(self.states[submission_id], is_new=True)
 

@@ -18,6 +18,7 @@ from infra.lease import Lease, LeaseHeldError
 from infra.ledger import Ledger, RunState
 from infra.ray_cluster import Cluster
 from infra.ray_jobs import Jobs, JobState
+from infra.runtime import RANK_ENVIRONMENT
 from jobs.drift import find_drift, record_drift
 from jobs.progress import ProgressReport
 from jobs.recipe import Recipe, load_recipe, resolve_paths
@@ -64,6 +65,7 @@ def test_a_new_stage_is_submitted_once_under_an_id_that_follows_from_the_run(
     assert drive_stage(jobs, run, ledger) == "done"
     job_id = f"{run.run_id}-s1-a1"
     assert jobs.submitted == jobs.waited == [job_id]
+    assert jobs.env_vars[job_id] == RANK_ENVIRONMENT
     assert ledger.read().stage(1).job_ids == (job_id,)
     command = jobs.commands[job_id]
     assert command[:4] == [sys.executable, "-m", "jobs", "pretrain"]
