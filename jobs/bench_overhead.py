@@ -24,7 +24,7 @@ from infra.ledger import Ledger
 from infra.runtime import environment
 from jobs.bench_record import BenchError, Ratio, Spread
 from jobs.bench_train_worker import Measuring, TimeLimitError, start, step_times
-from jobs.bench_turns import Turns, cpu_s_of
+from jobs.bench_turns import Turns, cpu_s_of, leaving_at_sigterm
 from jobs.recipe import Recipe
 from jobs.run_dir import RunDir
 from jobs.submit import open_run
@@ -123,7 +123,10 @@ def measure_overhead(
     rounds: list[Round] = []
     for _ in range(num_rounds):
         # A short name: the sockets of Ray lie below it, and a socket's path has at most 107 characters.
-        with tempfile.TemporaryDirectory(prefix="b-", ignore_cleanup_errors=True) as folder:
+        with (
+            leaving_at_sigterm(),
+            tempfile.TemporaryDirectory(prefix="b-", ignore_cleanup_errors=True) as folder,
+        ):
             rounds.append(measure_round(recipe, Path(folder), time.monotonic() + limit_s))
         keep(Overhead.of(rounds))
     return Overhead.of(rounds)
@@ -225,7 +228,7 @@ def run_pipeline(
             if max(cpu_s, default=0) == 0:
                 continue  # it starts with the machine to itself
             pipeline.halt()
-            for loop in loops:
+            for loop in loops if process.poll() is None else ():
                 loop.turns.go()
                 time.sleep(_LOOP_TURN_S)
                 loop.turns.halt()

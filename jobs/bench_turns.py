@@ -2,8 +2,9 @@
 
 import contextlib
 import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -22,7 +23,8 @@ class Turns:
 
     def go(self) -> None:
         """Runs, from now on."""
-        self._since_s = time.time()
+        if self._since_s is None:
+            self._since_s = time.time()
         self._signal(signal.SIGCONT)
 
     def halt(self) -> None:
@@ -44,6 +46,16 @@ class Turns:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
             reached.update(fresh)
+
+
+@contextlib.contextmanager
+def leaving_at_sigterm() -> Iterator[None]:
+    """Inside, in the main thread, SIGTERM raises SystemExit: who halts others has to let them go before it ends."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tree(roots: Sequence[int]) -> list[psutil.Process]:

@@ -1,6 +1,7 @@
 """The arithmetic of `svitt bench train`, what it refuses, its processes at tiny sizes. No figure of speed is tested."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ from jobs.bench_train_worker import (
     random_batch,
     step_times,
 )
-from jobs.bench_turns import Turns, tree
+from jobs.bench_turns import Turns, leaving_at_sigterm, tree
 from jobs.prepare import run_prepare
 from jobs.prepare_work import serial_mapper
 from jobs.recipe import Recipe, load_recipe
@@ -163,6 +164,20 @@ def test_a_tree_of_processes_stands_still_while_it_is_not_its_turn():
         assert turns.own_s(since_s, since_s + 0.01) == pytest.approx(0.01, abs=1e-4)
         for child in reversed(tree(turns.roots)):
             child.kill()
+
+
+def test_a_second_go_does_not_forget_the_first_and_sigterm_lets_go_before_it_ends():
+    turns = Turns([])
+    turns.go()
+    time.sleep(0.02)
+    turns.go()
+    turns.halt()
+    ((since_s, until_s),) = turns.spans
+    assert until_s - since_s >= 0.02
+    with pytest.raises(SystemExit) as left, leaving_at_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_overhead_is_said_by_window_and_split():
