@@ -155,7 +155,7 @@ class Loop:
 
     def window(self, during: PipelineWindow) -> LoopWindow:
         """Its steps in the minutes of a window. Raises BenchError where there are none."""
-        ranks = step_times(self.steps_dir)
+        ranks = step_times(self.steps_dir, len(self.turns.roots))
         first = [time_s for time_s, _ in ranks[0]]
         inside = [i for i, time_s in enumerate(first) if during.since_s <= time_s <= during.until_s]
         inside = [i for i in inside if all(i < len(rank) for rank in ranks)]

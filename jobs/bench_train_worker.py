@@ -237,13 +237,12 @@ def run_loop(rank: int, num_ranks: int, run_dir: str, steps_dir: str, is_reading
                 file.write(f"{time.time()} {time.process_time()}\n")
 
 
-def step_times(steps_dir: Path, num_ranks: int | None = None) -> list[list[tuple[float, float]]]:
+def step_times(steps_dir: Path, num_ranks: int) -> list[list[tuple[float, float]]]:
     """When each step of a loop ended, in seconds since 1970, and the processor seconds of its process until then, rank
-    by rank. `num_ranks` holds a place for those that have not begun.
+    by rank; none yet of a rank that has not begun.
     """
-    found = len(list(steps_dir.glob("rank-*.steps"))) if num_ranks is None else num_ranks
     ranks = []
-    for rank in range(found):
+    for rank in range(num_ranks):
         file = steps_dir / f"rank-{rank}.steps"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         whole = [line.split() for line in lines if line.endswith("\n")]

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, cast
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -134,7 +136,7 @@ def test_the_steps_of_a_loop_count_by_the_time_in_which_it_ran(tmp_path):
         (tmp_path / f"rank-{rank}.steps").write_text(
             "".join(lines) + "22.0 7."
         )  # the last one is being written
-    loop = Loop(cast(Any, None), Turns([], [(8.0, 12.5), (15.5, 17.0), (17.5, 30.0)]), tmp_path)
+    loop = Loop(cast(Any, None), Turns([1, 2], [(8.0, 12.5), (15.5, 17.0), (17.5, 30.0)]), tmp_path)
     # From 11 to 18, three steps: 1.5 + 1.5 + 0.5 s its own; 3 s of one rank's processor and 6 of the other's.
     window = loop.window(_window(10.0, 20.0))
     assert (window.num_steps, window.step_ms, window.cpu_ms) == pytest.approx((3, 3500 / 3, 3000.0))
@@ -300,13 +302,14 @@ class FakeSubmit:
     """Stands for `svitt submit`: nothing yet, then one more save every time it is looked at, then an exit code."""
 
     commands: ClassVar[list[list[str]]] = []
+    saves_at: ClassVar[tuple[int, ...]] = (0, 2, 4)
 
     def __init__(self, command: list[str], stdout: Any, **_: Any) -> None:
         self.commands.append(command)
         self.busy = _Popen([sys.executable, "-c", "while True: pass"])  # processor time to see
         while not psutil.Process(self.busy.pid).cpu_times().user:
             time.sleep(0.01)
-        self.pid, self.returncode, self.saves = self.busy.pid, None, iter((0, 2, 4))
+        self.pid, self.returncode, self.saves = self.busy.pid, None, iter(self.saves_at)
         run = RunDir(Path(command[-1]))
         self.journal, self.ledger = Journal(run.journal(1)), Ledger(run.ledger_file)
         stdout.write(b"it failed")
@@ -351,6 +354,24 @@ def test_a_pipeline_run_is_svitt_submit_in_a_folder_of_its_own(tmp_path, monkeyp
         run_pipeline(recipe, _folder(tmp_path / "second"), (), later_s)
     with pytest.raises(TimeLimitError, match="did not end in time; give fewer --steps"):
         run_pipeline(recipe, _folder(tmp_path / "third"), (), 0.0)
+
+
+def test_pipeline_and_loops_never_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_overhead.subprocess, "Popen", FakeSubmit)
+    monkeypatch.setattr(FakeSubmit, "commands", [])
+    monkeypatch.setattr(FakeSubmit, "saves_at", (0, 2, *[0] * 12, 4))
+    monkeypatch.setattr(bench_overhead, "_PIPELINE_TURN_S", 0.25)
+    monkeypatch.setattr(bench_overhead, "_LOOP_TURN_S", 0.05)
+    seen: list[Turns] = []
+    monkeypatch.setattr(bench_overhead, "Turns", lambda roots: seen.append(Turns(roots)) or seen[-1])
+    loops = [Loop(cast(Any, Mock()), Turns([]), tmp_path) for _ in range(2)]
+    run_pipeline(
+        one_stage(load_recipe("demo"), 1, 4), _folder(tmp_path / "run"), loops, time.monotonic() + 60
+    )
+    (pipeline,) = seen
+    assert all(len(loop.turns.spans) >= 2 for loop in loops)
+    spans = sorted(span for turns in (pipeline, *(loop.turns for loop in loops)) for span in turns.spans)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
 def test_passes_are_taken_in_turn_and_the_first_of_each_is_not_counted():
@@ -423,9 +444,9 @@ def test_loops_take_steps_from_prepared_shards_and_wait_for_their_turn(report_li
     staged = one_stage(recipe, 1, 3)
     for name in ("reading", "bare"):
         with running_loop(staged, tmp_path / name, name == "reading", time.monotonic() + 300) as loop:
-            assert len(step_times(loop.steps_dir)[0]) >= 2
+            assert len(step_times(loop.steps_dir, 1)[0]) >= 2
             loop.turns.go()
-            while len(step_times(loop.steps_dir)[0]) < 6:  # more than the stage has
+            while len(step_times(loop.steps_dir, 1)[0]) < 6:  # more than the stage has
                 assert loop.measuring.check()
                 time.sleep(0.05)
             loop.turns.halt()
