@@ -157,13 +157,13 @@ def _run(request: ProbeRequest, folder: Path) -> ProbeResult:
 def _steps(request: ProbeRequest, device: Any) -> ProbeResult:
     from infra.engine import build_engine
     from infra.memory_budget import device_budget
-    from jobs.ranks import ProcessGroupRanks
+    from jobs.ranks import ranks_of_group
     from jobs.rehearsal import RehearsalWork, rehearsal_batch
     from model.optim import parameter_groups
     from model.step_key import StepKey
     from model.video_text_model import VideoTextModel
 
-    ranks = ProcessGroupRanks(device)
+    ranks = ranks_of_group(device)
     budget = device_budget(device, request.limit_bytes if request.use_gpu else None)
     before = budget.live_bytes()
     engine = build_engine(
