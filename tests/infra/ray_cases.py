@@ -1,4 +1,7 @@
-"""What runs inside the Ray processes of the tests; a module of its own so that they can import it."""
+"""What runs inside the Ray processes of the tests, and their drivers; a module of its own so that they can import it.
+
+No test process is a driver itself: Ray's library may end a driver at once, and with it all tests of the process.
+"""
 
 import json
 import os
@@ -70,6 +73,31 @@ def train_in_job(folder: str, address: str) -> None:
             (Path(folder) / "error.txt").write_text(str(error))
 
 
+def hold_a_cluster() -> None:
+    """Owner of a cluster until its stdin closes; tells where it is."""
+    from infra.ray_cluster import open_cluster
+
+    with open_cluster(num_cpus=2) as cluster:
+        assert cluster.is_owned
+        print(json.dumps({"url": cluster.url, "address": cluster.address_inside}), flush=True)
+        sys.stdin.read()
+
+
+def map_tasks(folder: str) -> None:
+    """Owner of a cluster; writes down what tasks gave: squares, one that survives a death, one that raises."""
+    from infra.ray_cluster import TaskError, open_cluster
+
+    with open_cluster(num_cpus=2) as cluster:
+        squares = list(cluster.map_tasks(square, list(range(6)), max_in_flight=2))
+        survived = list(cluster.map_tasks(die_once, [f"{folder}/marker"]))
+        try:
+            list(cluster.map_tasks(fail_at_three, [1, 2, 3, 4], describe=lambda item: f"clip {item}"))
+        except TaskError as error:
+            failed = {"words": str(error), "item": error.item, "cause": repr(error.__cause__)}
+    told = {"squares": sorted(squares), "survived": survived, "failed": failed}
+    (Path(folder) / "told.json").write_text(json.dumps(told))
+
+
 def own_a_cluster() -> None:
     """Owner of a cluster with a running job and task, waiting to be killed."""
     from infra.ray_cluster import open_cluster
@@ -91,4 +119,5 @@ def sleep_long(item: int) -> int:
 
 if __name__ == "__main__":
     prepare_process()
-    {"train": lambda: train_in_job(*sys.argv[2:]), "own": own_a_cluster}[sys.argv[1]]()
+    drivers = {"hold": hold_a_cluster, "map": map_tasks, "train": train_in_job, "own": own_a_cluster}
+    drivers[sys.argv[1]](*sys.argv[2:])

@@ -8,29 +8,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-import ray_cases as cases
 
-from infra.ray_cluster import Cluster, TaskError, _reachable, _remove_old_clusters, open_cluster
+from infra.ray_cluster import _reachable, _remove_old_clusters
 from infra.ray_jobs import ClusterError, Jobs
 from infra.reaper import MARK_NAME, marked_processes, reap
 
 pytestmark = pytest.mark.ray
 HERE = str(Path(__file__).parent)
+CASES = str(Path(__file__).parent / "ray_cases.py")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A cluster that a process of its own has open; `pid` is that one's."""
+
+    pid: int
+    address: str
+    jobs: Jobs
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = HERE  # the cluster's processes find the test's functions there
-    try:
-        with open_cluster(num_cpus=2) as opened:
-            yield opened
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+def cluster() -> Iterator[Held]:
+    # The cluster's processes find the test's functions by PYTHONPATH.
+    with subprocess.Popen(
+        [sys.executable, CASES, "hold"],
+        env={**os.environ, "PYTHONPATH": HERE},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as owner:
+        assert owner.stdout is not None
+        told = json.loads(owner.stdout.readline())
+        yield Held(owner.pid, told["address"], Jobs(told["url"]))
+    assert owner.returncode == 0
 
 
 def test_of_ended_clusters_only_the_newest_folders_are_kept_and_a_dangling_link_is_no_obstacle(
@@ -45,38 +59,38 @@ def test_of_ended_clusters_only_the_newest_folders_are_kept_and_a_dangling_link_
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-def test_the_processes_of_a_cluster_do_not_share_the_group_that_a_terminal_interrupts(
-    cluster: Cluster,
-) -> None:
-    assert cluster.is_owned
-    # Helpers of Python's multiprocessing may be left from other tests of this process.
-    own = [
-        child for child in psutil.Process().children() if "multiprocessing" not in " ".join(child.cmdline())
-    ]
-    family = [process for child in own for process in (child, *child.children(recursive=True))]
+def test_the_processes_of_a_cluster_do_not_share_the_group_that_a_terminal_interrupts(cluster: Held) -> None:
+    family = psutil.Process(cluster.pid).children(recursive=True)
     names = []
     for process in family:
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getpgid(process.pid) == os.getpgid(0):
+            if os.getpgid(process.pid) == os.getpgid(cluster.pid):
                 names.append(process.name())
     assert len(family) > 5
     assert names == []
 
 
-def test_tasks_come_back_with_their_index_and_survive_a_death(cluster: Cluster, tmp_path: Path) -> None:
-    results = list(cluster.map_tasks(cases.square, list(range(6)), max_in_flight=2))
-    assert sorted(results) == [(i, i * i) for i in range(6)]
-    assert list(cluster.map_tasks(cases.die_once, [str(tmp_path / "marker")])) == [(0, "survived")]
+def test_tasks_come_back_with_their_index_survive_a_death_and_an_exception_names_its_item(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, CASES, "map", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": HERE},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["squares"] == [[i, i * i] for i in range(6)]
+    assert (tmp_path / "marker").exists()
+    assert told["survived"] == [[0, "survived"]]
+    assert told["failed"]["item"] == 3
+    assert "clip 3: ValueError: a bad clip" in told["failed"]["words"]
+    assert "ValueError" in told["failed"]["cause"]
 
 
-def test_an_exception_of_a_task_names_its_item(cluster: Cluster) -> None:
-    with pytest.raises(TaskError, match="clip 3: ValueError: a bad clip") as caught:
-        list(cluster.map_tasks(cases.fail_at_three, [1, 2, 3, 4], describe=lambda item: f"clip {item}"))
-    assert caught.value.item == 3
-    assert isinstance(caught.value.__cause__, ValueError)
-
-
-def test_a_job_is_submitted_once_and_its_end_is_told(cluster: Cluster) -> None:
+def test_a_job_is_submitted_once_and_its_end_is_told(cluster: Held) -> None:
     command = [sys.executable, "-c", "import os; print('it is', os.environ['NAME']); raise SystemExit(3)"]
     first = cluster.jobs.submit_once("run-s0-a1", command, {"NAME": "me"}, {"stage": "0"})
     again = cluster.jobs.submit_once("run-s0-a1", "false")
@@ -92,7 +106,7 @@ def test_a_job_is_submitted_once_and_its_end_is_told(cluster: Cluster) -> None:
     assert cluster.jobs.find("nobody") is None
 
 
-def test_a_stopped_job_ends(cluster: Cluster) -> None:
+def test_a_stopped_job_ends(cluster: Held) -> None:
     cluster.jobs.submit_once("sleeper", ["sleep", "600"])
     while cluster.jobs.status("sleeper").status == "PENDING":
         time.sleep(0.1)
@@ -102,12 +116,9 @@ def test_a_stopped_job_ends(cluster: Cluster) -> None:
 
 
 def test_two_workers_train_inside_a_job_and_are_restarted_after_a_death(
-    cluster: Cluster, tmp_path: Path
+    cluster: Held, tmp_path: Path
 ) -> None:
-    script = str(Path(HERE) / "ray_cases.py")
-    cluster.jobs.submit_once(
-        "train", [sys.executable, script, "train", str(tmp_path), cluster.address_inside]
-    )
+    cluster.jobs.submit_once("train", [sys.executable, CASES, "train", str(tmp_path), cluster.address])
     state = cluster.jobs.wait("train", poll_s=0.2, timeout_s=180)
     assert state.is_succeeded, cluster.jobs.logs("train")
     assert (tmp_path / "died").exists()
@@ -168,8 +179,7 @@ def listening_beyond_loopback(pid: int) -> list[str]:
 
 def test_a_cluster_dies_with_its_owner_even_by_sigkill(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": HERE, "SVITT_TEST_FOLDER": str(tmp_path)}
-    script = str(Path(HERE) / "ray_cases.py")
-    owner = subprocess.Popen([sys.executable, script, "own"], env=environment)
+    owner = subprocess.Popen([sys.executable, CASES, "own"], env=environment)
     deadline = time.monotonic() + 90
     try:
         while not (tmp_path / "ready").exists():
