@@ -1,7 +1,8 @@
 """SViTT-Ego of ViT-B size, 16 frames of 224 pixels, 1,024 clips a step, in 8 GiB of device memory.
 
-`python -m tests.soak.eight_gib --clips 16` plans it, rehearses the step of 1,024 clips under the limit, takes a whole
-step of fewer clips under it (1,024 take hours on a CPU), and finds the longest clips that would fit, sparse and dense.
+`python -m tests.soak.eight_gib --clips 16 --keep-rate 0.5` plans it, rehearses the step of 1,024 clips under the limit,
+takes a whole step of fewer clips under it (1,024 take hours on a CPU), and finds the longest clips that would fit,
+sparse and dense.
 """
 
 import argparse
@@ -34,8 +35,9 @@ ENGINE = EngineConfig(bucket_bytes=4 * MIB)
 DENSE = {"num_random_blocks": None, "keep_rate": 1.0}
 
 
-def work(frames: int, clips: int, is_dense: bool = False) -> Workload:
-    video = {"num_frames": frames, **(DENSE if is_dense else {})}
+def work(frames: int, clips: int, keep_rate: float | None) -> Workload:
+    """Dense where the keep rate is None."""
+    video = {"num_frames": frames, **(DENSE if keep_rate is None else {"keep_rate": keep_rate})}
     return Workload(f"T {frames}", ModelConfig.named("base").replaced(video=video), clips, 1, LENGTH, TAGS)
 
 
@@ -66,15 +68,15 @@ def planned(
     return choice
 
 
-def whole_step(rank: int, argument: tuple[Choice, int]) -> None:
+def whole_step(rank: int, argument: tuple[Choice, int, float]) -> None:
     """Random pixels and words, every clip another one; all state of the device inside the limit."""
-    choice, clips = argument
+    choice, clips, keep_rate = argument
     torch.set_num_threads(2)
     device = torch.device("cpu")
     budget = device_budget(device, None)
     before = budget.live_bytes()
     budget = device_budget(device, before + LIMIT)
-    load = work(16, clips)
+    load = work(16, clips, keep_rate)
     model = VideoTextModel(choice.settings.recompute.apply(load.model))
     engine = build_engine(model, parameter_groups(model, 0.02), choice.settings.engine, clips, device)
     engine.module.train()
@@ -97,7 +99,7 @@ def whole_step(rank: int, argument: tuple[Choice, int]) -> None:
     )
 
 
-def longest(is_dense: bool, planner: Planner) -> int:
+def longest(keep_rate: float | None, planner: Planner) -> int:
     """Frames of the longest clip that fits, in steps of 16, one clip at once and all that saves memory on."""
     engine = EngineConfig(
         zero_stage=3, gradient_reduction="backward", offload_optimizer="cpu", offload_parameters="cpu"
@@ -105,7 +107,7 @@ def longest(is_dense: bool, planner: Planner) -> int:
     settings = Settings(engine, Recompute("all", "all", offload=True))
 
     def fits(sixteens: int) -> bool:
-        return planner.predict(work(16 * sixteens, 2, is_dense), settings, 1).total <= LIMIT
+        return planner.predict(work(16 * sixteens, 2, keep_rate), settings, 1).total <= LIMIT
 
     low = 1
     while fits(2 * low):
@@ -121,9 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--keep-rate", type=float, default=0.7)
     parser.add_argument("--skip-longest", action="store_true")
     options = parser.parse_args()
-    planner, load = Planner(), work(16, BATCH)
+    planner, load = Planner(), work(16, BATCH, options.keep_rate)
     choice = planned(load, ENGINE, LIMIT, HOST, planner)
     # The same with fewer clips at once: a CPU needs a quarter of a minute for each.
     small = replace(choice, micro_batch_size=options.micro)
@@ -135,13 +138,13 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        run_two(whole_step, (small, options.clips), Path(folder), 1)
+        run_two(whole_step, (small, options.clips, options.keep_rate), Path(folder), 1)
     if not options.skip_longest:
-        for is_dense in (False, True):
-            frames = longest(is_dense, planner)
-            gmacs = work(frames, 1, is_dense).model.video.macs() / 1e9
+        for keep_rate in (options.keep_rate, None):
+            frames = longest(keep_rate, planner)
+            gmacs = work(frames, 1, keep_rate).model.video.macs() / 1e9
             print(
-                f"{'dense' if is_dense else 'sparse'}: {frames} frames fit, {gmacs:.0f} GMACs a clip",
+                f"{'dense' if keep_rate is None else 'sparse'}: {frames} frames fit, {gmacs:.0f} GMACs a clip",
                 flush=True,
             )
 
