@@ -114,6 +114,7 @@ def _defaults(has_gpu: bool) -> dict[str, str]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES for tasks that ask for no GPU
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every worker line comes twice
+        "RAY_worker_niceness": "0",  # at Ray's 15, ranks of a local cluster wait for a core when a daemon wakes
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
         "MLFLOW_DISABLE_TELEMETRY": "true",

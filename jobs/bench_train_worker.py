@@ -6,7 +6,6 @@ answers are JSON.
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -48,8 +47,6 @@ CPU = torch.device("cpu")
 _TEXT_LENGTH = 32
 _LEARNING_RATE = 1e-5
 UpdateOn = Callable[[], contextlib.AbstractContextManager[None]]
-# Ray's workers run at this niceness.
-_RAY_NICENESS = 15
 # Different batches of the bare loop; it shows them in turn.
 _BARE_BATCHES = 8
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -218,7 +215,6 @@ def run_loop(rank: int, num_ranks: int, run_dir: str, steps_dir: str, is_reading
     batches are read beforehand and shown in turn.
     """
     # Beside other work on the machine, the scheduler would else treat loop and stage unlike.
-    os.nice(_RAY_NICENESS)
     place = {"rank": rank, "local_rank": rank, "use_gpu": False}
     context = build_context({"run_dir": run_dir, "stage": 1, "attempt": 0, **place})
     engine, _ = build_or_restore(context, CheckpointStore(context.run.checkpoints(1), rank=rank))

@@ -48,6 +48,7 @@ def sum_ranks(config: dict[str, Any]) -> None:
             "world_size": config["world_size"],
             "threads": torch.get_num_threads(),
             "local_rank": os.environ["LOCAL_RANK"],
+            "niceness": os.nice(0),
         }
         (Path(config["folder"]) / "seen.json").write_text(json.dumps(seen))
 

@@ -127,6 +127,7 @@ def test_two_workers_train_inside_a_job_and_are_restarted_after_a_death(
         "world_size": 2,
         "threads": 1,
         "local_rank": "0",
+        "niceness": os.nice(0),
     }
     assert "rank 1: clip 17 has no frames" in (tmp_path / "error.txt").read_text()
 
