@@ -6,6 +6,7 @@ for the contrastive loss, its gradient and the negatives; then each micro-batch 
 gradient is handed. A batch that is one micro-batch is encoded once.
 """
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -109,7 +110,9 @@ class TrainStep:
             except MemoryShortageError as shortage:
                 self.engine.discard()
                 self._halve(step, len(batch.index_B), str(shortage))
-            # Outside of the handler, which holds the frames and so the tensors of what failed.
+            # Outside of the handler, which holds the frames and so the tensors of what failed. They may lie in a cycle
+            # with their exception: on Python 3.12 they do, by `contextmanager`.
+            gc.collect()
             if self.engine.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -1,5 +1,6 @@
 """A step that runs out of memory is done again with half the micro-batch, on all ranks, and computes the same."""
 
+import weakref
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,6 +55,25 @@ def test_losses_and_weights_are_those_of_a_run_with_the_smaller_micro_batch(
         assert torch.equal(plain, after)
     for name, weight in results[0][1].items():
         assert torch.equal(weight, results[1][1][name])
+
+
+def test_what_failed_is_gone_before_the_step_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def encode(*arguments: Any) -> Any:
+        assert not [tensor for tensor in held if tensor() is not None]
+        if len(arguments[1]) > 3:
+            large = torch.ones(1)
+            held.append(weakref.ref(large))
+            error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            raise error  # a cycle: it holds its frame, which holds it
+        return encode_rows(*arguments)
+
+    monkeypatch.setattr(module, "encode_rows", encode)
+    remembered: list[int] = []
+    _step(cases.engine_of(cases.PLAIN), remembered).gradient(0, cases.batch(12))
+    assert remembered == [6, 3]
+    assert len(held) == 2
 
 
 def test_a_rehearsal_finds_the_size_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
