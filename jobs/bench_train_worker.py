@@ -214,7 +214,6 @@ def run_loop(rank: int, num_ranks: int, run_dir: str, steps_dir: str, is_reading
     Model, engine, step and batches are as the stage has them, from its run directory; unless `is_reading`, the first
     batches are read beforehand and shown in turn.
     """
-    # Beside other work on the machine, the scheduler would else treat loop and stage unlike.
     place = {"rank": rank, "local_rank": rank, "use_gpu": False}
     context = build_context({"run_dir": run_dir, "stage": 1, "attempt": 0, **place})
     engine, _ = build_or_restore(context, CheckpointStore(context.run.checkpoints(1), rank=rank))
