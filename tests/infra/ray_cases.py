@@ -94,7 +94,8 @@ def map_tasks(folder: str) -> None:
         try:
             list(cluster.map_tasks(fail_at_three, [1, 2, 3, 4], describe=lambda item: f"clip {item}"))
         except TaskError as error:
-            failed = {"words": str(error), "item": error.item, "cause": repr(error.__cause__)}
+            is_cause_kept = isinstance(error.__cause__, ValueError)
+            failed = {"words": str(error), "item": error.item, "is_cause_kept": is_cause_kept}
     told = {"squares": sorted(squares), "survived": survived, "failed": failed}
     (Path(folder) / "told.json").write_text(json.dumps(told))
 
