@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -64,6 +64,15 @@ class Accumulator(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
 
+class BatchFeatures(NamedTuple):
+    """What the first pass leaves of this rank's rows. The second one, which needs the room, goes without it."""
+
+    text_BP: Float[Tensor, "B P"]
+    video_BP: Float[Tensor, "B P"]
+    temperature_1: Float[Tensor, " 1"]
+    tags: ActionTags
+
+
 class BatchWork:
     """One batch on its way through the two passes.
 
@@ -88,31 +97,14 @@ class BatchWork:
             all_gather_rows(self.captions.mask_BL.to(torch.uint8)).bool(),
             all_gather_rows(self.captions.clip_index_B),
         )
-        self.tags = ActionTags(
-            batch.verbs_BV.to(device), batch.nouns_BU.to(device), self.captions.clip_index_B
-        )
 
     def run(self) -> Float[Tensor, " 4"]:
         """Losses of the batch (total, vtc, vtm, mlm; this rank's share of their mean) and all backward calls."""
         config, pieces = self.config, self.pieces()
-        kept: EncodedRows | None = None
-        features: list[tuple[Tensor, Tensor]] = []
-        with self.leaving_together():
-            if len(pieces) == 1:
-                kept = self.encode(pieces[0])
-                features = [(kept.video_features_BP.detach(), kept.text_features_BP.detach())]
-            else:
-                with torch.no_grad():
-                    for piece in pieces:
-                        encoded = self.encode(piece)
-                        features.append((encoded.video_features_BP, encoded.text_features_BP))
-                        del encoded
-        video_BP, text_BP = (self.whole(parts) for parts in zip(*features, strict=True))
+        features, kept = self.first_pass(pieces)
+        contrastive = self.contrastive(features) if config.vtc_weight else None
+        plans, has_negative_B = self.plan_negatives(features)
         del features
-
-        temperature = self.call(VideoTextModel.temperature).detach()
-        contrastive = self.contrastive(text_BP, video_BP, temperature) if config.vtc_weight else None
-        plans, has_negative_B = self.plan_negatives(text_BP, video_BP, temperature)
         num_words = self.count_words()
         counts = torch.stack(
             [has_negative_B.sum(), has_negative_B.new_tensor(num_words, dtype=torch.int64)]
@@ -141,6 +133,27 @@ class BatchWork:
         vtc = contrastive.loss if contrastive else torch.zeros_like(vtm)
         total = config.vtc_weight * vtc + config.vtm_weight * vtm + config.mlm_weight * mlm
         return torch.stack([total, vtc, vtm, mlm])
+
+    def first_pass(self, pieces: list[slice]) -> tuple[BatchFeatures, EncodedRows | None]:
+        """Features without graph; where all rows are one piece, encoded with graph and handed out too."""
+        kept: EncodedRows | None = None
+        parts: list[tuple[Tensor, Tensor]] = []
+        with self.leaving_together():
+            if len(pieces) == 1:
+                kept = self.encode(pieces[0])
+                parts = [(kept.video_features_BP.detach(), kept.text_features_BP.detach())]
+            else:
+                with torch.no_grad():
+                    for piece in pieces:
+                        encoded = self.encode(piece)
+                        parts.append((encoded.video_features_BP, encoded.text_features_BP))
+                        del encoded
+        video_BP, text_BP = (self.whole(rows) for rows in zip(*parts, strict=True))
+        temperature_1, device = self.call(VideoTextModel.temperature).detach(), self.engine.device
+        tags = ActionTags(
+            self.batch.verbs_BV.to(device), self.batch.nouns_BU.to(device), self.captions.clip_index_B
+        )
+        return BatchFeatures(text_BP, video_BP, temperature_1, tags), kept
 
     def pieces(self) -> list[slice]:
         """This rank's rows, micro-batch by micro-batch."""
@@ -176,49 +189,47 @@ class BatchWork:
         video = normalise(self.batch.video_BTCHW[piece], self.engine.device, self.engine.dtype)
         return self.call(encode_rows, video, self.captions.rows(piece), self.key)
 
-    def contrastive(self, text_BP: Tensor, video_BP: Tensor, temperature: Tensor) -> ContrastiveResult:
+    def contrastive(self, features: BatchFeatures) -> ContrastiveResult:
         config = self.config
         return contrastive_tiles(
-            text_BP,
-            video_BP,
-            temperature,
-            self.tags,
+            *features,
             loss=config.vtc_loss,
             positives=config.vtc_positives,
             directions=config.vtc_directions,
         )
 
     def plan_negatives(
-        self, text_BP: Tensor, video_BP: Tensor, temperature: Tensor
+        self, features: BatchFeatures
     ) -> tuple[list[list[PairChunk | None]], Bool[Tensor, " B"]]:
         """Chunks of wrong pairs for each micro-batch (None: no pairs, only hidden words), and which rows have any."""
         num_rows, num_pieces = self.split.rows_per_rank, len(self.split.micro_batches())
         if not self.config.vtm_weight:
             chunks: list[PairChunk | None] = [None] if self.masked else []
-            return [chunks] * num_pieces, torch.zeros(num_rows, dtype=torch.bool, device=text_BP.device)
-        found_3B = self.draw_negatives(text_BP, video_BP, temperature)
+            return [chunks] * num_pieces, torch.zeros(num_rows, dtype=torch.bool, device=self.engine.device)
+        found_3B = self.draw_negatives(features)
         found_G3 = all_gather_rows(found_3B.T.contiguous()).cpu().numpy()
         plans = plan_pairs(
             found_G3[:, 0], found_G3[:, 1], found_G3[:, 2].astype(bool), self.split, self.ranks.rank
         )
         return [list(chunks) for chunks in plans], found_3B[2].bool()
 
-    def draw_negatives(self, text_BP: Tensor, video_BP: Tensor, temperature: Tensor) -> Int[Tensor, "3 B"]:
+    def draw_negatives(self, features: BatchFeatures) -> Int[Tensor, "3 B"]:
         """For each row: the wrong clip of its caption, the wrong caption of its clip, whether there are any."""
-        text_GP, video_GP, tags = all_gather_rows(text_BP), all_gather_rows(video_BP), self.tags.gathered()
+        text_BP, video_BP, temperature_1, tags = features
+        text_GP, video_GP, all_tags = all_gather_rows(text_BP), all_gather_rows(video_BP), tags.gathered()
         rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(text_GP))
         found = []
         for start in range(0, len(text_BP), rows_at_once):
             part = slice(start, start + rows_at_once)
-            positives = self.tags.rows(part).positives(tags, self.config.vtc_positives)
+            positives = tags.rows(part).positives(all_tags, self.config.vtc_positives)
             wrong = negatives_of(
                 self.model,
-                text_BP[part] @ video_GP.T / temperature,
+                text_BP[part] @ video_GP.T / temperature_1,
                 positives,
                 self.captions.clip_index_B[part],
                 self.all_captions.clip_index_B,
                 self.key,
-                video_BP[part] @ text_GP.T / temperature,
+                video_BP[part] @ text_GP.T / temperature_1,
             )
             found.append(torch.stack([*wrong, ~positives.all(dim=1)]))
         return torch.cat(found, dim=1)

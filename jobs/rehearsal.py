@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from jobs.batch_work import BatchWork
+from jobs.batch_work import BatchFeatures, BatchWork
 from jobs.pair_plan import WRONG_PAIRS_PER_ROW, PairChunk
 from model.config import ModelConfig
 from model.objective import HiddenWords
@@ -79,13 +79,13 @@ class RehearsalWork(BatchWork):
         return min(most, math.ceil(most * chance + _DEVIATIONS * math.sqrt(most * chance * (1 - chance))))
 
     def plan_negatives(
-        self, text_BP: Tensor, video_BP: Tensor, temperature: Tensor
+        self, features: BatchFeatures
     ) -> tuple[list[list[PairChunk | None]], Bool[Tensor, " B"]]:
         if not self.config.vtm_weight:
-            return super().plan_negatives(text_BP, video_BP, temperature)
-        self.draw_negatives(text_BP, video_BP, temperature)
+            return super().plan_negatives(features)
+        self.draw_negatives(features)
         chunks: list[list[PairChunk | None]] = [[self._chunk(piece)] for piece in self.pieces()]
-        return chunks, torch.ones(self.split.rows_per_rank, dtype=torch.bool, device=text_BP.device)
+        return chunks, torch.ones(self.split.rows_per_rank, dtype=torch.bool, device=self.engine.device)
 
     def _chunk(self, piece: slice) -> PairChunk:
         split, size = self.split, piece.stop - piece.start

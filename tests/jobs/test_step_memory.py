@@ -59,6 +59,22 @@ def test_ranks_that_share_parameters_do_too() -> None:
     assert abs(prediction(asked).total / probe(asked).peak_bytes - 1) < 0.08
 
 
+def test_a_batch_64_times_as_large_takes_less_than_5_percent_more() -> None:
+    few, many = (
+        ProbeRequest(
+            model=ModelConfig.named("tiny"),
+            engine=EngineConfig(backend="plain"),
+            world_size=1,
+            clips_per_rank=clips,
+            micro_batch_size=8,
+            text_length=32,
+            num_tags=(118, 582),
+        )
+        for clips in (64, 4096)
+    )
+    assert probe(many).peak_bytes < 1.05 * probe(few).peak_bytes
+
+
 def test_layers_that_recompute_or_offload_need_less_and_the_host_more() -> None:
     engine = EngineConfig(backend="plain")
     kept = [prediction(request(engine, 4))]
