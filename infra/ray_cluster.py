@@ -45,6 +45,12 @@ _LOCAL_ENVIRONMENT = {
     "RAY_ADDRESS": None,
     "RAY_API_SERVER_ADDRESS": None,
 }
+# Parameters of its node that `ray.init` does not take; see `_private_node`.
+_LOCAL_NODE: dict[str, Any] = {
+    "dashboard_agent_listen_port": 0,
+    "no_monitor": True,
+    "include_log_monitor": False,
+}
 
 
 class TaskError(ClusterError):
@@ -192,7 +198,7 @@ def _local_cluster(num_cpus: int | None) -> Iterator[Cluster]:
 
 def _started_cluster(num_cpus: int | None, temp_dir: Path, mark: str) -> Iterator[Cluster]:
     try:
-        with environment({**_LOCAL_ENVIRONMENT, MARK_NAME: mark}), _private_ports():
+        with environment({**_LOCAL_ENVIRONMENT, MARK_NAME: mark}), _private_node():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -232,18 +238,20 @@ def _reaper(mark: str, logs: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _private_ports() -> Iterator[None]:
+def _private_node() -> Iterator[None]:
     """Let `ray.init` start a node that keeps to itself; it has no parameters for any of this.
 
     The agent that starts jobs listens on a free port instead of 52365, which a second cluster of the machine
     would find taken (its jobs then fail with "No available agent"). And Ray's servers stay on loopback, as they
     do on macOS: _LOCAL_ENVIRONMENT says so to the processes Ray starts, this to the library loaded here. And its
     processes are a group of their own: a Ctrl-C in the terminal goes to all of the foreground group, and ends Ray's
-    dashboard, which jobs are asked about through. Private names, guarded by tests.
+    dashboard, which jobs are asked about through. And it does without two processes that only cost time: the
+    autoscaler, which has no machines to start, and what sends the workers' lines to drivers, which do not show them.
+    Private names, guarded by tests.
     """
     whole_params, is_reachable = parameter.RayParams, ray_constants.ENABLE_RAY_CLUSTER
     popen = services.ConsolePopen
-    parameter.RayParams = functools.partial(whole_params, dashboard_agent_listen_port=0)  # type: ignore
+    parameter.RayParams = functools.partial(whole_params, **_LOCAL_NODE)  # type: ignore
     ray_constants.ENABLE_RAY_CLUSTER = False
     services.ConsolePopen = functools.partial(popen, process_group=0)  # type: ignore
     try:

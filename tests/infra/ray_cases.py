@@ -74,6 +74,36 @@ def train_in_job(folder: str, address: str) -> None:
             (Path(folder) / "error.txt").write_text(str(error))
 
 
+def kill_the_controlling_actor(config: dict[str, Any]) -> None:
+    import psutil
+
+    if config["rank"] == 0:
+        raylet = psutil.Process().parent()
+        assert raylet is not None
+        for process in raylet.children():
+            if any("TrainController" in word for word in process.cmdline()):
+                process.kill()
+    time.sleep(600)
+
+
+def lose_the_controlling_actor(folder: str, address: str) -> None:
+    """Driver of a submitted job whose two workers take all of the cluster's CPUs."""
+    from infra.ray_cluster import open_cluster
+    from infra.ray_train import TrainingError, run_workers
+
+    with open_cluster(address):
+        try:
+            run_workers(
+                kill_the_controlling_actor,
+                {},
+                num_workers=2,
+                name="lose",
+                storage_path=Path(folder) / "ray",
+            )
+        except TrainingError as error:
+            (Path(folder) / "lost.txt").write_text(str(error))
+
+
 def hold_a_cluster() -> None:
     """Owner of a cluster until its stdin closes; tells where it is."""
     from infra.ray_cluster import open_cluster
@@ -121,5 +151,11 @@ def sleep_long(item: int) -> int:
 
 if __name__ == "__main__":
     prepare_process()
-    drivers = {"hold": hold_a_cluster, "map": map_tasks, "train": train_in_job, "own": own_a_cluster}
+    drivers = {
+        "hold": hold_a_cluster,
+        "map": map_tasks,
+        "train": train_in_job,
+        "lose": lose_the_controlling_actor,
+        "own": own_a_cluster,
+    }
     drivers[sys.argv[1]](*sys.argv[2:])

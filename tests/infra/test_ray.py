@@ -70,6 +70,15 @@ def test_the_processes_of_a_cluster_do_not_share_the_group_that_a_terminal_inter
     assert names == []
 
 
+def test_a_cluster_of_one_machine_starts_neither_an_autoscaler_nor_a_sender_of_lines(cluster: Held) -> None:
+    lines = []
+    for process in psutil.Process(cluster.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+    assert any("raylet" in line for line in lines)
+    assert [line for line in lines if "monitor.py" in line] == []
+
+
 def test_tasks_come_back_with_their_index_survive_a_death_and_an_exception_names_its_item(
     tmp_path: Path,
 ) -> None:
@@ -130,6 +139,17 @@ def test_two_workers_train_inside_a_job_and_are_restarted_after_a_death(
         "niceness": os.nice(0),
     }
     assert "rank 1: clip 17 has no frames" in (tmp_path / "error.txt").read_text()
+
+
+def test_when_the_controlling_actor_dies_its_job_says_so_and_leaves_the_places_of_its_workers(
+    cluster: Held, tmp_path: Path
+) -> None:
+    for verb in ("lose", "train"):  # the second one needs both CPUs again
+        cluster.jobs.submit_once(f"{verb}-2", [sys.executable, CASES, verb, str(tmp_path), cluster.address])
+        state = cluster.jobs.wait(f"{verb}-2", poll_s=0.2, timeout_s=180)
+        assert state.is_succeeded, cluster.jobs.logs(f"{verb}-2")
+    assert "training lose lost its controlling process" in (tmp_path / "lost.txt").read_text()
+    assert (tmp_path / "seen.json").exists()
 
 
 def test_a_job_address_that_does_not_answer_is_a_typed_error() -> None:
