@@ -2,7 +2,7 @@
 it, in turn with the same steps in two loops without Ray, MLflow, journal and checkpoints.
 
 Both loops have as many ranks and threads and the same model, engine and step; `reading` loads the stage's batches from
-its shards, as any training has to, `bare` shows a few that were read beforehand. The three take turns of a minute or so
+its shards, as any training has to, `bare` shows a few that were read beforehand. The three take turns of half a minute
 (`bench_turns`): within minutes, a machine's speed drifts by more than is looked for. Every time is that in which the
 processes themselves ran. A window lies between two saves, so that the saves in it stand for those of as many steps,
 and start-up is outside. Checkpoints go to the system's temporary folder: let TMPDIR name one on the disk that counts.
@@ -30,10 +30,10 @@ from jobs.run_dir import RunDir
 from jobs.submit import open_run
 
 _POLL_S = 0.1
-# Long turns: what Ray does every few seconds of the clock it does at once when its turn comes, on top of the rest, and
-# caches are cold. At demo size turns of 30 s made steps of the pipeline 3 % longer than those of a run without halts.
-_PIPELINE_TURN_S, _LOOP_TURN_S = 90.0, 45.0
-_LEAST_WINDOW_S = 180.0  # of the clock: one turn of each
+# Long turns: what Ray does every few seconds of the clock it does at once when its turn comes, on top of the rest. Of
+# 90 and 45 s they were no better: the machine drifts meanwhile, so that ratios of windows spread over 7 points.
+_PIPELINE_TURN_S, _LOOP_TURN_S = 30.0, 15.0
+_LEAST_WINDOW_S = 180.0  # of the clock: three turns of each
 _FIRST_STEPS = 2  # of a loop: they warm it up
 
 
