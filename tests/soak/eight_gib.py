@@ -68,7 +68,7 @@ def planned(
     return choice
 
 
-def whole_step(rank: int, argument: tuple[Choice, int, float | None]) -> None:
+def whole_step(rank: int, argument: tuple[Choice, int, float]) -> None:
     """Random pixels and words, every clip another one; all state of the device inside the limit."""
     choice, clips, keep_rate = argument
     torch.set_num_threads(2)
@@ -124,12 +124,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--keep-rate", type=float, default=0.7)
-    parser.add_argument("--dense", action="store_true", help="instead, with all tokens and all edges")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--skip-longest", action="store_true")
     options = parser.parse_args()
-    keep_rate = None if options.dense else options.keep_rate
-    planner, load = Planner(), work(16, BATCH, keep_rate)
+    planner, load = Planner(), work(16, BATCH, options.keep_rate)
     engine = ENGINE.model_copy(update={"precision": options.precision})
     choice = planned(load, engine, LIMIT, HOST, planner)
     # With fewer clips at once than planned: on a CPU what the offload keeps on the host counts in part.
@@ -142,13 +140,13 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        run_two(whole_step, (small, options.clips, keep_rate), Path(folder), 1)
+        run_two(whole_step, (small, options.clips, options.keep_rate), Path(folder), 1)
     if not options.skip_longest:
-        for rate in (options.keep_rate, None):
-            frames = longest(rate, planner)
-            gmacs = work(frames, 1, rate).model.video.macs() / 1e9
+        for keep_rate in (options.keep_rate, None):
+            frames = longest(keep_rate, planner)
+            gmacs = work(frames, 1, keep_rate).model.video.macs() / 1e9
             print(
-                f"{'dense' if rate is None else 'sparse'}: {frames} frames fit, {gmacs:.0f} GMACs a clip",
+                f"{'dense' if keep_rate is None else 'sparse'}: {frames} frames fit, {gmacs:.0f} GMACs a clip",
                 flush=True,
             )
 
